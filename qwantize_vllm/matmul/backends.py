@@ -1,0 +1,85 @@
+"""The matmul backends, and who serves which number of tokens.
+
+To add a backend: write its function in a file of its own, and enter it below with what it supports.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from qwantize_vllm.format import Nvfp4Tensor
+from qwantize_vllm.matmul.cpu import matmul_cpu
+from qwantize_vllm.matmul.reference import matmul_reference
+
+Matmul = Callable[[torch.Tensor, Nvfp4Tensor, torch.Tensor | None], torch.Tensor]
+
+# Up to this many tokens the fused kernel is faster than dequantizing, by compute capability major.
+# Measured on 9 (H200); the others are a cautious guess until someone measures them.
+_FUSED_TOKENS = {9: 64}
+_FUSED_TOKENS_ELSEWHERE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A way to compute x . W'.
+
+    Attributes:
+        run: (x (M, K), q (N, K), bias (N,) or None) -> (M, N) in x's dtype; x may have any strides.
+        dtypes: of x.
+        needs_gpu: whether x must be on a GPU (or Triton be interpreted).
+    """
+
+    run: Matmul
+    dtypes: tuple[torch.dtype, ...]
+    needs_gpu: bool
+
+    def why_not(self, x: torch.Tensor) -> str | None:
+        """Why this backend cannot multiply x; None where it can."""
+        if x.dtype not in self.dtypes:
+            return f"takes x in one of {self.dtypes}, got {x.dtype}"
+        if self.needs_gpu and not x.is_cuda and not _triton_is_interpreted():
+            return f"needs a GPU (or TRITON_INTERPRET=1), x is on {x.device}"
+        return None
+
+
+def _dequantize(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    from qwantize_vllm.matmul.triton_dequantize import matmul_dequantize
+
+    return matmul_dequantize(x, q, bias)
+
+
+def _fused(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    from qwantize_vllm.matmul.triton_fused import matmul_fused
+
+    return matmul_fused(x, q, bias)
+
+
+_HALF = (torch.bfloat16, torch.float16)
+# Triton is imported where a kernel runs: reference and cpu work on machines that have none.
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend(matmul_reference, (torch.float32, *_HALF), needs_gpu=False),
+    "cpu": Backend(matmul_cpu, (torch.float32, *_HALF), needs_gpu=False),
+    "dequantize": Backend(_dequantize, (torch.float32, *_HALF), needs_gpu=True),
+    "fused": Backend(_fused, _HALF, needs_gpu=True),
+}
+
+
+def choose_backend(x: torch.Tensor) -> str:
+    """Name of the backend that serves x (M, K): the table behind `backend="auto"`."""
+    if not x.is_cuda:
+        return "cpu"
+    major, _ = torch.cuda.get_device_capability(x.device)
+    if x.dtype in _HALF and x.shape[0] <= _FUSED_TOKENS.get(major, _FUSED_TOKENS_ELSEWHERE):
+        return "fused"
+    return "dequantize"
+
+
+def _triton_is_interpreted() -> bool:
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.knobs.runtime.interpret)

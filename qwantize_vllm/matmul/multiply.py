@@ -1,0 +1,44 @@
+"""The one door of the matmul."""
+
+from __future__ import annotations
+
+import torch
+
+from qwantize_vllm.format import Nvfp4Tensor
+from qwantize_vllm.matmul.backends import BACKENDS
+from qwantize_vllm.matmul.op import matmul_op
+
+
+def matmul_nvfp4(
+    x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None = None, backend: str = "auto"
+) -> torch.Tensor:
+    """x . W' + bias from the codes and scales of W, without keeping W.
+
+    Args:
+        x: (..., K) bfloat16, float16 or float32; any strides, any number of tokens, none included.
+        q: unbatched, of shape (N, K), on x's device.
+        bias: (N,), any float dtype.
+        backend: "auto" chooses by device and number of tokens; "reference", "cpu", "dequantize" and
+            "fused" are those of `matmul/backends.py`.
+
+    Returns:
+        (..., N) in x's dtype. Products accumulate in float32.
+
+    Raises:
+        ValueError: shapes, devices or dtypes do not fit; an unknown backend, or one that cannot
+            multiply x (says why).
+    """
+    if q.codes.dim() != 2:
+        raise ValueError(f"matmul_nvfp4 takes an unbatched (N, K) weight, got {tuple(q.shape)}; index it first")
+    n, k = q.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x must be (..., {k}) for a weight {(n, k)}, got {tuple(x.shape)}")
+    if x.device != q.device:
+        raise ValueError(f"x is on {x.device}, the weight on {q.device}")
+    if bias is not None and (tuple(bias.shape) != (n,) or bias.device != x.device):
+        raise ValueError(f"bias must be ({n},) on {x.device}, got {tuple(bias.shape)} on {bias.device}")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {backend!r}")
+    if backend != "auto" and (reason := BACKENDS[backend].why_not(x)):
+        raise ValueError(f"backend {backend!r} {reason}")
+    return matmul_op(x, q.codes, q.block_scales, q.global_scale, bias, q.block_size, backend)

@@ -1,0 +1,38 @@
+"""The matmul as one custom op: torch.compile and CUDA graphs take it whole, whichever backend runs inside."""
+
+from __future__ import annotations
+
+import torch
+
+from qwantize_vllm.format import Nvfp4Tensor
+from qwantize_vllm.matmul.backends import BACKENDS, choose_backend
+
+
+@torch.library.custom_op("qwantize::matmul_nvfp4", mutates_args=())
+def matmul_op(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    block_scales: torch.Tensor,
+    global_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    block_size: int,
+    backend: str,
+) -> torch.Tensor:
+    """x (..., K) times the NVFP4 weight (N, K) -> (..., N); see `matmul_nvfp4`, which checks the arguments."""
+    q = Nvfp4Tensor(codes, block_scales, global_scale, block_size)
+    flat = x.reshape(-1, x.shape[-1])
+    name = choose_backend(flat) if backend == "auto" else backend
+    return BACKENDS[name].run(flat, q, bias).view(*x.shape[:-1], q.shape[0])
+
+
+@matmul_op.register_fake
+def _(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    block_scales: torch.Tensor,
+    global_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    block_size: int,
+    backend: str,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])

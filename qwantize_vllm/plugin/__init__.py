@@ -1,0 +1,12 @@
+"""The only folder that imports vLLM: registration, config, linear method, load report."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Entry point of group `vllm.general_plugins`: vLLM calls it in every process."""
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from qwantize_vllm.plugin.config import METHOD, QwantizeConfig
+
+    register_quantization_config(METHOD)(QwantizeConfig)

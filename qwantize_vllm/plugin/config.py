@@ -1,0 +1,131 @@
+"""QwantizeConfig: what `--quantization qwantize` selects, and which layers it quantizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from qwantize_vllm import __version__
+from qwantize_vllm.layer_names import fused_members, named_parts
+from qwantize_vllm.plugin.linear import QwantizeLinearMethod
+from qwantize_vllm.plugin.report import LoadReport
+from qwantize_vllm.settings import (
+    ENVIRONMENT_VARIABLE,
+    QwantizeSettings,
+    environment_settings,
+    read_settings_file,
+    resolve_settings,
+)
+
+METHOD = "qwantize"
+_CHECKPOINT = "the checkpoint's quantization_config or --hf-overrides"
+_ADDITIONAL = "--additional-config"
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class QwantizeConfig(QuantizationConfig):
+    """Online NVFP4 quantization of every linear layer.
+
+    vLLM makes one per engine and pickles it to the engine's processes, so until the first layer
+    asks for its method it holds nothing but what was given.
+    """
+
+    def __init__(self, given: Mapping[str, Any] | None = None, source: str = _CHECKPOINT) -> None:
+        """given: settings by key; source: where they come from, for messages.
+
+        Raises:
+            ValueError, FileNotFoundError: see `resolve_settings` and `environment_settings`.
+        """
+        super().__init__()
+        self._given = {source: dict(given or {})}
+        self._resolved: QwantizeSettings | None = None
+        self._report: LoadReport | None = None
+        # Additional config is not known yet; everything else is refused here, before an engine starts.
+        resolve_settings({**self._given, **_environment()})
+
+    @classmethod
+    def get_name(cls) -> str:
+        return METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QwantizeConfig:
+        return cls({key: value for key, value in config.items() if key != "quant_method"})
+
+    @classmethod
+    def from_config_file(cls, config_file: str) -> QwantizeConfig:
+        return cls(read_settings_file(config_file), source=config_file)
+
+    @property
+    def settings(self) -> QwantizeSettings:
+        """The settings of all sources; the first access must be while vLLM builds the model."""
+        if self._resolved is None:
+            additional = get_current_vllm_config().additional_config
+            extra = additional.get(METHOD, {}) if isinstance(additional, dict) else {}
+            self._resolved, origin = resolve_settings({**self._given, _ADDITIONAL: extra, **_environment()})
+            given = ", ".join(f"{key} (from {source})" for key, source in origin.items()) or "all defaults"
+            logger.info("qwantize settings: %s; given: %s", self._resolved, given)
+            if isinstance(additional, dict):
+                # Part of the key of vLLM's compile cache, which knows none of our sources but this.
+                additional[f"{METHOD}_resolved"] = {
+                    "version": __version__,
+                    **self._resolved.model_dump(mode="json"),
+                }
+        return self._resolved
+
+    @property
+    def report(self) -> LoadReport:
+        """What is quantized and what is left, logged once the last layer is done."""
+        if self._report is None:
+            self._report = LoadReport(self.settings)
+        return self._report
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not isinstance(layer, LinearBase):
+            kind = "embedding or head" if isinstance(layer, VocabParallelEmbedding) else type(layer).__name__
+            self.report.leave(prefix, layer, kind)
+            return None
+        named = named_parts(prefix, self.settings.ignore, self.packed_modules_mapping)
+        if named:
+            self._leave_ignored(layer, prefix, named)
+            return UnquantizedLinearMethod()
+        return QwantizeLinearMethod(self.settings, prefix, self.report, self._members(prefix))
+
+    def _leave_ignored(self, layer: torch.nn.Module, prefix: str, named: list[str]) -> None:
+        members = self._members(prefix)
+        if named != [prefix] and len(named) < len(members):
+            message = (
+                f"qwantize: ignore names {', '.join(named)} but not every member of {prefix} "
+                f"({', '.join(members)}), which share one weight"
+            )
+            if self.settings.strict:
+                raise ValueError(f"{message}; name all of them, or {prefix!r} (strict: true)")
+            logger.warning("%s; the whole layer is left unquantized", message)
+        self.report.leave(prefix, layer, "ignored", named)
+
+    def _members(self, prefix: str) -> list[str]:
+        return fused_members(prefix, self.packed_modules_mapping)
+
+
+def _environment() -> dict[str, dict[str, Any]]:
+    values = environment_settings()
+    return {f"the variable {ENVIRONMENT_VARIABLE}": values} if values else {}

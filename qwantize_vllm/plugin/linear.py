@@ -1,0 +1,156 @@
+"""QwantizeLinearMethod: a linear layer that is quantized as soon as its weights have arrived."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import torch
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.utils import replace_parameter
+
+from qwantize_vllm.format import Nvfp4Tensor
+from qwantize_vllm.hessian import HessianFile
+from qwantize_vllm.matmul.op import matmul_op
+from qwantize_vllm.plugin.report import LoadReport
+from qwantize_vllm.search.quality import signal_and_noise
+from qwantize_vllm.search.quantize import describe_nonfinite, matrix_amax, resolve_global_scale, search_nvfp4
+from qwantize_vllm.settings import QwantizeSettings
+
+logger = init_logger(f"vllm.{__name__}")
+_DONE = "_already_called_process_weights_after_loading"  # vLLM's reload clears it
+
+
+class QwantizeLinearMethod(LinearMethodBase):
+    """Holds `weight` uint8 (N, K/2), `weight_scale` float8_e4m3fn (N, K/block_size) and
+    `weight_global_scale` float32 () in place of the dense weight.
+
+    The dense weight is created on the meta device. vLLM materializes it once all of it has been read,
+    calls `process_weights_after_loading`, and goes on to the next layer: at any time at most one dense
+    layer exists. A reload of weights comes the same way.
+    """
+
+    uses_meta_device = True
+
+    def __init__(self, settings: QwantizeSettings, name: str, report: LoadReport, members: list[str]) -> None:
+        self.settings, self.name, self.report, self.members = settings, name, report, members
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Create the dense weight on the meta device, or hand the layer to vLLM where K does not divide.
+
+        Raises:
+            ValueError: K is not a multiple of the block size and the settings are strict.
+        """
+        block_size = self.settings.block_size
+        layer.logical_widths = output_partition_sizes
+        layer.input_size_per_partition = input_size_per_partition
+        layer.output_size_per_partition = sum(output_partition_sizes)
+        if input_size_per_partition % block_size:
+            self._leave(layer, f"K={input_size_per_partition} is not a multiple of block_size {block_size}")
+            layer.quant_method.create_weights(
+                layer,
+                input_size_per_partition,
+                output_partition_sizes,
+                input_size,
+                output_size,
+                params_dtype,
+                **extra_weight_attrs,
+            )
+            return
+        weight = ModelWeightParameter(
+            data=torch.empty(
+                sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype, device="meta"
+            ),
+            input_dim=1,
+            output_dim=0,
+            weight_loader=extra_weight_attrs.get("weight_loader"),
+        )
+        layer.register_parameter("weight", weight)
+        self.report.expect(self.name)
+        initialize_online_processing(layer)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Replace the dense weight by codes and scales.
+
+        Raises:
+            ValueError: the weight holds NaN or infinities; names the layer and counts them.
+        """
+        if getattr(layer, _DONE, False):
+            return
+        began = time.perf_counter()
+        weight = layer.weight.data
+        q = self._quantize(layer, weight)
+        signal, noise = signal_and_noise(weight, q)
+        replace_parameter(layer, "weight", q.codes)
+        replace_parameter(layer, "weight_scale", q.block_scales)
+        replace_parameter(layer, "weight_global_scale", q.global_scale)
+        setattr(layer, _DONE, True)
+        self.report.quantized(self.name, weight.nbytes, q.nbytes, float(signal), float(noise), began)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return matmul_op(
+            x,
+            layer.weight,
+            layer.weight_scale,
+            layer.weight_global_scale,
+            bias,
+            self.settings.block_size,
+            self.settings.backend,
+        )
+
+    def _leave(self, layer: torch.nn.Module, reason: str) -> None:
+        if self.settings.strict:
+            raise ValueError(f"qwantize: {self.name} cannot be quantized: {reason} (strict: true)")
+        logger.warning("qwantize: %s is left unquantized: %s", self.name, reason)
+        layer.quant_method = UnquantizedLinearMethod()
+        self.report.leave(self.name, layer, reason)
+
+    def _quantize(self, layer: torch.nn.Module, weight: torch.Tensor) -> Nvfp4Tensor:
+        amax = _amax_over_ranks(layer, matrix_amax(weight))
+        if not bool(torch.isfinite(amax)):
+            raise ValueError(f"qwantize: {self.name}: {describe_nonfinite(weight)} (on this rank)")
+        global_scale = resolve_global_scale(amax, self.settings.global_scale)
+        hessian = self._hessian(layer, weight)
+        return search_nvfp4(weight, self.settings.scale_search, self.settings.block_size, global_scale, hessian)
+
+    def _hessian(self, layer: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor | None:
+        """This rank's block Hessians: of the layer by its own name or that of a member it is fused from."""
+        if self.settings.hessian is None:
+            return None
+        file = _open_hessians(str(self.settings.hessian), self.settings.block_size)
+        blocks = weight.shape[1] // self.settings.block_size
+        row_parallel = layer.input_size != layer.input_size_per_partition
+        start = layer.tp_rank * blocks if row_parallel else 0
+        name = next((name for name in [self.name, *self.members] if name in file.names), self.name)
+        return file.read(name, start, start + blocks).to(weight.device)
+
+
+def _amax_over_ranks(layer: torch.nn.Module, amax: torch.Tensor) -> torch.Tensor:
+    """The largest amax of all shards of a layer, so that the global scale does not depend on tensor parallelism.
+
+    NaN becomes infinity first: every rank then sees it and raises, and none is left waiting.
+    """
+    if layer.tp_size == 1:
+        return amax
+    amax = torch.where(amax.isnan(), torch.inf, amax)
+    torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=get_tp_group().device_group)
+    return amax
+
+
+@functools.lru_cache(maxsize=1)
+def _open_hessians(path: str, block_size: int) -> HessianFile:
+    return HessianFile(path, block_size)

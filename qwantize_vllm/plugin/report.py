@@ -1,0 +1,86 @@
+"""The load report: which layers were quantized, which were left, what it saved, lost and took."""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections import Counter
+
+import torch
+from vllm.logger import init_logger
+
+from qwantize_vllm.layer_names import matches
+from qwantize_vllm.settings import QwantizeSettings
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class LoadReport:
+    """Collects while layers are built and quantized; logs one summary when the last one is done."""
+
+    def __init__(self, settings: QwantizeSettings) -> None:
+        self.settings = settings
+        self._expected: set[str] = set()
+        self._quantized: dict[str, float] = {}
+        self._left: dict[str, tuple[weakref.ref[torch.nn.Module], str]] = {}
+        self._ignored: list[str] = []
+        self._bytes_before = self._bytes_after = 0
+        self._seconds = 0.0
+
+    def expect(self, name: str) -> None:
+        """A layer that is going to be quantized has been built."""
+        self._expected.add(name)
+
+    def leave(self, name: str, layer: torch.nn.Module, reason: str, ignored: list[str] | None = None) -> None:
+        """A layer stays as it is; ignored: the names by which the settings reached it."""
+        self._left[name] = (weakref.ref(layer), reason)
+        self._ignored += ignored or []
+
+    def quantized(self, name: str, before: int, after: int, signal: float, noise: float, began: float) -> None:
+        """A layer has been quantized: bytes before and after, energies, and when that began (perf_counter)."""
+        self._quantized[name] = math.inf if noise == 0 else 10 * math.log10(signal / noise)
+        self._bytes_before += before
+        self._bytes_after += after
+        self._seconds += time.perf_counter() - began
+        if self._quantized.keys() >= self._expected:
+            logger.info("%s", self.summary())
+            for pattern in self._unused_patterns():
+                logger.warning("qwantize: ignore pattern %r named no layer of this model", pattern)
+            # Weights may be reloaded later: the next pass counts from zero.
+            self._quantized, self._bytes_before, self._bytes_after, self._seconds = {}, 0, 0, 0.0
+
+    def summary(self) -> str:
+        """One line: layers, GiB before and after, mean signal-to-noise ratio, seconds."""
+        left_bytes, left = self._left_layers()
+        snr = [ratio for ratio in self._quantized.values() if math.isfinite(ratio)]
+        mean = f"{sum(snr) / len(snr):.2f} dB" if snr else "infinite"
+        before, after = self._bytes_before + left_bytes, self._bytes_after + left_bytes
+        return (
+            f"qwantize summary: {len(self._quantized)} layers quantized to NVFP4 "
+            f"({self.settings.scale_search}, blocks of {self.settings.block_size}), {left}; "
+            f"weights {_gib(before)} -> {_gib(after)} GiB "
+            f"(quantized layers {_gib(self._bytes_before)} -> {_gib(self._bytes_after)}, "
+            f"left {_gib(left_bytes)}); mean signal-to-noise {mean}; {self._seconds:.2f} s"
+        )
+
+    def _left_layers(self) -> tuple[int, str]:
+        """Bytes of the layers left, a tied weight counted once, and how many by reason."""
+        storages: dict[int, int] = {}
+        reasons: Counter[str] = Counter()
+        for reference, reason in self._left.values():
+            layer = reference()
+            parameters = list(layer.parameters(recurse=False)) if layer is not None else []
+            if not any(parameter.numel() for parameter in parameters):
+                continue  # attention and its kin are asked about too, and hold no weight
+            reasons[reason] += 1
+            storages |= {parameter.data_ptr(): parameter.nbytes for parameter in parameters}
+        counted = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
+        return sum(storages.values()), f"{sum(reasons.values())} left ({counted})"
+
+    def _unused_patterns(self) -> list[str]:
+        return [pattern for pattern in self.settings.ignore if not any(matches(n, [pattern]) for n in self._ignored)]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3f}"

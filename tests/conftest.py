@@ -1,0 +1,25 @@
+"""Runs the Triton kernels in Triton's interpreter where there is no GPU, compiled where there is one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Read when triton is first imported, so before any test module is.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a Triton kernel runs: in the interpreter on CPU tensors, or compiled on the GPU."""
+    if request.param == "interpreted" and torch.cuda.is_available():
+        pytest.skip("with a GPU the kernels are tested compiled")
+    return "cpu" if request.param == "interpreted" else "cuda"

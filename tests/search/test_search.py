@@ -1,0 +1,194 @@
+"""The searches against float64 brute force over all 126 codes: reference on the CPU, kernels on both devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwantize_vllm import quantize_nvfp4
+from qwantize_vllm.format import FLOAT_DTYPES, e4m3_values, round_to_e2m1, unpack_codes
+from tests.numbers import least_quadratic, least_sse, make_weight, quadratic, residuals, scaled, sse
+
+KINDS = ["gaussian", "student", "uniform", "sparse", "outlier", "million", "denormal", "zero", "grid"]
+SSE_TOLERANCE = 1e-5
+
+
+@pytest.fixture(params=["reference", "triton"])
+def search(request, device):
+    """quantize_nvfp4 on the device, by the reference or the kernel."""
+    if request.param == "reference" and device == "cuda":
+        pytest.skip("the reference is tested on the CPU")
+
+    def run(weight, *args, hessian=None, **kwargs):
+        hessian = None if hessian is None else hessian.to(device)
+        q = quantize_nvfp4(weight.to(device), *args, hessian=hessian, backend=request.param, **kwargs)
+        return q.to("cpu")
+
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("global_scale", ["amax", "none"])
+def test_optimal_reaches_the_least_error_on_every_block(search, kind, block_size, global_scale):
+    weight = make_weight(kind, 33, 160)
+    q = search(weight, "optimal", block_size, global_scale)
+    least = least_sse(weight, q)
+    assert (sse(weight, q) <= least * (1 + SSE_TOLERANCE)).all()
+    assert torch.isfinite(q.dequantize()).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("global_scale", ["amax", "none"])
+def test_naive_is_the_snapped_amax_over_six(search, kind, global_scale):
+    weight = make_weight(kind, 33, 160)
+    q = search(weight, "naive", 16, global_scale)
+    z = (weight / q.global_scale).unflatten(-1, (-1, 16)).abs()
+    wanted = (z.amax(-1) / 6).clamp(2**-9, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(q.block_scales.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.parametrize("scale_search", ["naive", "optimal"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_nearest_with_ties_to_even(search, scale_search, kind):
+    weight = make_weight(kind, 17, 64)
+    q = search(weight, scale_search, 16, "none")
+    wanted = round_to_e2m1(weight.unflatten(-1, (-1, 16)) / q.block_scales.float()[..., None])
+    assert torch.equal(unpack_codes(q.codes), wanted.flatten(-2))
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("global_scale", ["amax", "none"])
+@pytest.mark.parametrize("kind", ["gaussian", "sparse", "outlier", "zero", "grid"])
+def test_hessian_reaches_the_least_output_error_on_every_block(search, block_size, global_scale, kind):
+    weight = make_weight(kind, 37, 5 * block_size)
+    hessian = make_hessians(5, block_size)
+    q = search(weight, "hessian", block_size, global_scale, hessian=hessian)
+    judged_by = hessian.clone()
+    judged_by[0] = torch.eye(block_size)  # H = 0: the squared error decides
+    residual = residuals(weight, q)
+    got, least = quadratic(residual, judged_by), least_quadratic(weight, q, judged_by)
+    trace = judged_by.double().diagonal(dim1=-2, dim2=-1).sum(-1)
+    assert (got <= least * (1 + 1e-4) + 1e-7 * trace * residual.square().sum(-1)).all()
+
+
+def make_hessians(count, block_size):
+    """Zero, rank one, diagonal, nearly singular, and well-conditioned but for scale."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, 4 * block_size, block_size, generator=generator)
+    hessian = x.mT @ x
+    hessian[0] = 0
+    hessian[1] = torch.outer(x[1, 0], x[1, 0])
+    hessian[2] = torch.diag(x[2, 0].square())
+    mixing = torch.randn(block_size, block_size, generator=generator) @ torch.diag(torch.logspace(0, -4, block_size))
+    hessian[3] = mixing @ mixing.T
+    hessian[4] *= 1e20
+    return hessian
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("scale_search", ["naive", "optimal", "hessian"])
+def test_kernel_agrees_with_the_reference(device, dtype, scale_search):
+    weight = make_weight("gaussian", 19, 96, dtype)
+    hessian = make_hessians(6, 16) if scale_search == "hessian" else None
+    reference = quantize_nvfp4(weight, scale_search, hessian=hessian, backend="reference")
+    on_device = None if hessian is None else hessian.to(device)
+    kernel = quantize_nvfp4(weight.to(device), scale_search, hessian=on_device, backend="triton").to("cpu")
+    assert torch.equal(kernel.global_scale, reference.global_scale)
+    same = kernel.block_scales.view(torch.uint8) == reference.block_scales.view(torch.uint8)
+    # Where two scales are equally good within float32, either may be chosen.
+    assert same.float().mean() > 0.99
+    codes = [unpack_codes(q.codes).unflatten(-1, (-1, 16)) for q in (kernel, reference)]
+    assert torch.equal(codes[0][same], codes[1][same])
+
+
+@pytest.mark.parametrize("scale_search", ["naive", "optimal", "hessian"])
+def test_batched_weights_equal_their_matrices(search, scale_search):
+    weight = torch.stack([make_weight("gaussian", 9, 64, seed=i) * 10.0**i for i in range(3)])
+    hessian = torch.stack([make_hessians(5, 16)[1:] * (i + 1) for i in range(3)]) if scale_search == "hessian" else None
+    q = search(weight, scale_search, hessian=hessian)
+    for i in range(3):
+        one = search(weight[i], scale_search, hessian=None if hessian is None else hessian[i])
+        assert torch.equal(q[i].codes, one.codes)
+        assert torch.equal(q[i].block_scales.view(torch.uint8), one.block_scales.view(torch.uint8))
+        assert q[i].global_scale == one.global_scale
+
+
+@pytest.mark.parametrize("scale_search", ["naive", "optimal", "hessian"])
+def test_strides_do_not_matter(search, scale_search):
+    weight = make_weight("gaussian", 48, 64, torch.bfloat16)
+    hessian = make_hessians(5, 16)[:3] if scale_search == "hessian" else None
+    transposed = search(weight.t(), scale_search, hessian=hessian)
+    contiguous = search(weight.t().contiguous(), scale_search, hessian=hessian)
+    assert torch.equal(transposed.codes, contiguous.codes)
+    sliced = torch.cat([weight, weight], dim=1)[:, ::2]
+    hessian = make_hessians(5, 16)[:4] if scale_search == "hessian" else None
+    assert torch.equal(
+        search(sliced, scale_search, hessian=hessian).codes,
+        search(sliced.contiguous(), scale_search, hessian=hessian).codes,
+    )
+
+
+def test_a_given_global_scale_is_used(search):
+    weight = make_weight("gaussian", 8, 32)
+    scale = torch.tensor(0.001)
+    q = search(weight, "optimal", global_scale=scale)
+    assert q.global_scale == scale
+    assert (sse(weight, q) <= least_sse(weight, q) * (1 + SSE_TOLERANCE)).all()
+
+
+def test_optimal_is_never_worse_than_naive_and_hessian_beats_both_on_its_own_error():
+    weight = make_weight("student", 64, 80)
+    hessian = make_hessians(5, 16)
+    naive, optimal = quantize_nvfp4(weight, "naive"), quantize_nvfp4(weight, "optimal")
+    assert (sse(weight, optimal) <= sse(weight, naive) * (1 + SSE_TOLERANCE)).all()
+    assert sse(weight, optimal).sum() < sse(weight, naive).sum()
+    best = quadratic(residuals(weight, quantize_nvfp4(weight, "hessian", hessian=hessian)), hessian).sum()
+    assert best < quadratic(residuals(weight, optimal), hessian).sum()
+
+
+def test_largest_weight_is_kept_by_the_default_global_scale():
+    weight = make_weight("gaussian", 16, 64)
+    q = quantize_nvfp4(weight)
+    assert scaled(weight, q).abs().max() <= 6 * e4m3_values()[-1] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scale_search": "optimum"}, "scale_search must be one of .* got 'optimum'"),
+        ({"block_size": 24}, "block_size must be one of"),
+        ({"global_scale": "max"}, "global_scale must be one of .* got 'max'"),
+        ({"global_scale": torch.tensor(0.0)}, "at least"),
+        ({"global_scale": torch.tensor([1.0])}, r"float32 of shape \(\)"),
+        ({"scale_search": "hessian"}, "'hessian' needs a hessian"),
+        ({"hessian": torch.zeros(4, 16, 16)}, "no other takes one"),
+        ({"scale_search": "hessian", "hessian": torch.zeros(3, 16, 16)}, r"float32 \(4, 16, 16\)"),
+        ({"scale_search": "hessian", "hessian": torch.full((4, 16, 16), torch.nan)}, "1024 non-finite"),
+        ({"backend": "cuda"}, "backend must be one of"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_nvfp4(torch.ones(3, 64), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.ones(64), r"weight must be \(..., N, K\)"),
+        (torch.ones(2, 64, dtype=torch.float64), "torch.float64"),
+        (torch.ones(2, 40), "multiple of block_size 16"),
+        (torch.ones(2, 0), "positive multiple"),
+        (torch.tensor([[1.0] * 14 + [torch.nan, torch.inf]]), "1 NaN and 1 infinite"),
+        (torch.tensor([[1.0] * 15 + [-torch.inf]]), "0 NaN and 1 infinite"),
+    ],
+)
+def test_bad_weights_are_refused(weight, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_nvfp4(weight)
+
+
+def test_empty_weights_give_empty_results():
+    assert quantize_nvfp4(torch.ones(0, 64)).shape == (0, 64)
+    assert quantize_nvfp4(torch.ones(0, 3, 64)).shape == (0, 3, 64)
