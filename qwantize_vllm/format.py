@@ -177,9 +177,7 @@ class Nvfp4Tensor:
         """Matrix or matrices of a batched (..., N, K) tensor, by the first dimension."""
         if self.codes.dim() < 3:
             raise ValueError(f"only a batched Nvfp4Tensor can be indexed, this one is {tuple(self.shape)}")
-        return Nvfp4Tensor(
-            self.codes[index], self.block_scales[index], self.global_scale[index], self.block_size
-        )
+        return Nvfp4Tensor(self.codes[index], self.block_scales[index], self.global_scale[index], self.block_size)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight (..., N, K) in float32, bfloat16 or float16.

@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from tests.devices import kernel_device
+
 # Read when triton is first imported, so before any test module is.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -18,8 +20,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where a Triton kernel runs: in the interpreter on CPU tensors, or compiled on the GPU."""
-    if request.param == "interpreted" and torch.cuda.is_available():
-        pytest.skip("with a GPU the kernels are tested compiled")
-    return "cpu" if request.param == "interpreted" else "cuda"
+def kernel_on(request: pytest.FixtureRequest) -> str:
+    """Device of a Triton kernel: the CPU, where it is interpreted, or the GPU."""
+    return kernel_device(request.param)

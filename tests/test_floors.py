@@ -34,7 +34,7 @@ def test_imports_go_down(path):
             if name.split(".")[0] == "qwantize_vllm" and name != "qwantize_vllm":
                 assert floor_of(name) <= floor_of(module), f"{module} imports {name}"
             if name.split(".")[0] == "vllm":
-                assert module.split(".")[1] in ("plugin", "cli"), f"{module} imports {name}"
+                assert module.split(".")[1] == "plugin", f"{module} imports {name}"
 
 
 def test_the_package_works_without_vllm_and_without_triton():

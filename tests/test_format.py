@@ -33,7 +33,9 @@ def test_e2m1_values_are_those_of_the_format():
 
 def test_e4m3_values_are_the_positive_finite_ones():
     values = e4m3_values()
-    assert len(values) == 126 and values[0] == 2**-9 and values[-1] == 448
+    assert len(values) == 126
+    assert values[0] == 2**-9
+    assert values[-1] == 448
     assert (values.diff() > 0).all()
 
 
@@ -77,7 +79,8 @@ def test_dequantize_is_value_times_scales(block_size, dtype, batch):
     values = e2m1_values()[unpack_codes(q.codes).long()].unflatten(-1, (-1, block_size))
     exact = values.double() * q.block_scales.double()[..., None] * q.global_scale.double()[..., None, None, None]
     got = q.dequantize(dtype)
-    assert got.dtype == dtype and got.shape == q.shape
+    assert got.dtype == dtype
+    assert got.shape == q.shape
     assert torch.equal(got, exact.flatten(-2).float().to(dtype))
 
 

@@ -21,7 +21,10 @@ def test_sources_are_merged_key_by_key_strongest_first():
 @pytest.mark.parametrize(
     ("given", "fragments"),
     [
-        ({"scale_search": "optimum"}, ["scale_search", "'optimum'", "'naive', 'optimal' or 'hessian'", "mean 'optimal'"]),
+        (
+            {"scale_search": "optimum"},
+            ["scale_search", "'optimum'", "'naive', 'optimal' or 'hessian'", "mean 'optimal'"],
+        ),
         ({"block_size": 24}, ["block_size", "got 24", "16 or 32"]),
         ({"block_size": "16"}, ["block_size", "got '16'", "16 or 32"]),
         ({"blocksize": 16}, ["unknown key 'blocksize'", "allowed keys", "mean 'block_size'"]),

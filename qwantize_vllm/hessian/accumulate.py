@@ -35,5 +35,7 @@ def block_hessian(activations: torch.Tensor, block_size: int = 16) -> torch.Tens
         x = chunk.float().view(-1, k // block_size, block_size).transpose(0, 1)
         total.baddbmm_(x.mT, x)
     if not bool(torch.isfinite(total).all()):
-        raise ValueError(f"activations {tuple(activations.shape)} hold NaN or infinite elements, or their squares overflow")
+        raise ValueError(
+            f"activations {tuple(activations.shape)} hold NaN or infinite elements, or their squares overflow"
+        )
     return total

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.model_executor.utils import replace_parameter
@@ -42,7 +42,7 @@ class QwantizeLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: LinearBase,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -72,9 +72,7 @@ class QwantizeLinearMethod(LinearMethodBase):
             )
             return
         weight = ModelWeightParameter(
-            data=torch.empty(
-                sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype, device="meta"
-            ),
+            data=torch.empty(sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype, device="meta"),
             input_dim=1,
             output_dim=0,
             weight_loader=extra_weight_attrs.get("weight_loader"),
@@ -83,7 +81,7 @@ class QwantizeLinearMethod(LinearMethodBase):
         self.report.expect(self.name)
         initialize_online_processing(layer)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Replace the dense weight by codes and scales.
 
         Raises:
@@ -101,7 +99,7 @@ class QwantizeLinearMethod(LinearMethodBase):
         setattr(layer, _DONE, True)
         self.report.quantized(self.name, weight.nbytes, q.nbytes, float(signal), float(noise), began)
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return matmul_op(
             x,
             layer.weight,
@@ -112,14 +110,14 @@ class QwantizeLinearMethod(LinearMethodBase):
             self.settings.backend,
         )
 
-    def _leave(self, layer: torch.nn.Module, reason: str) -> None:
+    def _leave(self, layer: LinearBase, reason: str) -> None:
         if self.settings.strict:
             raise ValueError(f"qwantize: {self.name} cannot be quantized: {reason} (strict: true)")
         logger.warning("qwantize: %s is left unquantized: %s", self.name, reason)
         layer.quant_method = UnquantizedLinearMethod()
         self.report.leave(self.name, layer, reason)
 
-    def _quantize(self, layer: torch.nn.Module, weight: torch.Tensor) -> Nvfp4Tensor:
+    def _quantize(self, layer: LinearBase, weight: torch.Tensor) -> Nvfp4Tensor:
         amax = _amax_over_ranks(layer, matrix_amax(weight))
         if not bool(torch.isfinite(amax)):
             raise ValueError(f"qwantize: {self.name}: {describe_nonfinite(weight)} (on this rank)")
@@ -127,7 +125,7 @@ class QwantizeLinearMethod(LinearMethodBase):
         hessian = self._hessian(layer, weight)
         return search_nvfp4(weight, self.settings.scale_search, self.settings.block_size, global_scale, hessian)
 
-    def _hessian(self, layer: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor | None:
+    def _hessian(self, layer: LinearBase, weight: torch.Tensor) -> torch.Tensor | None:
         """This rank's block Hessians: of the layer by its own name or that of a member it is fused from."""
         if self.settings.hessian is None:
             return None
@@ -139,7 +137,7 @@ class QwantizeLinearMethod(LinearMethodBase):
         return file.read(name, start, start + blocks).to(weight.device)
 
 
-def _amax_over_ranks(layer: torch.nn.Module, amax: torch.Tensor) -> torch.Tensor:
+def _amax_over_ranks(layer: LinearBase, amax: torch.Tensor) -> torch.Tensor:
     """The largest amax of all shards of a layer, so that the global scale does not depend on tensor parallelism.
 
     NaN becomes infinity first: every rank then sees it and raises, and none is left waiting.

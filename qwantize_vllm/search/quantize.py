@@ -110,7 +110,9 @@ def _check(weight: torch.Tensor, scale_search: str, block_size: int, hessian: to
         raise ValueError(f"K must be a positive multiple of block_size {block_size}, got weight {tuple(weight.shape)}")
     if (hessian is not None) != (scale_search == "hessian"):
         given = "none" if hessian is None else "one"
-        raise ValueError(f"scale_search 'hessian' needs a hessian and no other takes one; got {scale_search!r}, {given}")
+        raise ValueError(
+            f"scale_search 'hessian' needs a hessian and no other takes one; got {scale_search!r}, {given}"
+        )
     if hessian is not None:
         _check_hessian(hessian, weight, block_size)
 
@@ -134,7 +136,11 @@ def resolve_global_scale(amax: torch.Tensor, global_scale: GlobalScale | torch.T
     batch = amax.shape
     if isinstance(global_scale, torch.Tensor):
         normal = torch.finfo(torch.float32).tiny
-        if global_scale.dtype != torch.float32 or global_scale.shape != batch or not bool((global_scale >= normal).all()):
+        if (
+            global_scale.dtype != torch.float32
+            or global_scale.shape != batch
+            or not bool((global_scale >= normal).all())
+        ):
             raise ValueError(
                 f"global_scale must be float32 of shape {tuple(batch)}, every entry at least {normal}, "
                 f"got {global_scale.dtype} {tuple(global_scale.shape)}"

@@ -200,7 +200,7 @@ def _search_hessian(
 
 
 def normalize_hessian(hessian: torch.Tensor) -> torch.Tensor:
-    """Each block Hessian over its largest diagonal entry, the identity where it is zero: only ratios of errors count."""
+    """Each block Hessian over its largest diagonal entry, the identity where that is zero; errors keep their order."""
     peak = hessian.diagonal(dim1=-2, dim2=-1).amax(dim=-1)[..., None, None]
     identity = torch.eye(hessian.shape[-1], device=hessian.device)
     return torch.where(peak > 0, hessian / torch.where(peak > 0, peak, 1.0), identity)

@@ -5,6 +5,7 @@ import torch
 
 from qwantize_vllm import matmul_nvfp4, quantize_nvfp4
 from qwantize_vllm.format import FLOAT_DTYPES
+from tests.devices import kernel_device
 from tests.numbers import make_weight
 
 # bfloat16 outputs: half a unit in the last place everywhere but in the interpreter, which truncates.
@@ -21,11 +22,30 @@ def exact_product(x, q, bias):
     return y if bias is None else y + bias.double()
 
 
-@pytest.fixture(params=["reference", "cpu", "dequantize", "fused"])
-def backend(request, device):
-    if request.param in ("reference", "cpu") and device == "cuda":
-        pytest.skip("tested on the CPU")
-    return request.param
+BACKENDS = [
+    ("reference", "cpu"),
+    ("cpu", "cpu"),
+    ("dequantize", "interpreted"),
+    ("fused", "interpreted"),
+    pytest.param(("dequantize", "cuda"), marks=pytest.mark.gpu),
+    pytest.param(("fused", "cuda"), marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=BACKENDS, ids="-".join)
+def backend_and_device(request):
+    name, where = request.param
+    return name, kernel_device(where)
+
+
+@pytest.fixture
+def backend(backend_and_device):
+    return backend_and_device[0]
+
+
+@pytest.fixture
+def device(backend_and_device):
+    return backend_and_device[1]
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -41,7 +61,8 @@ def test_product_against_float64(backend, device, dtype, block_size, n, k, m, wi
     x = torch.randn(m, k, device=device).to(dtype)
     bias = torch.randn(n, device=device).to(dtype) if with_bias else None
     y = matmul_nvfp4(x, q, bias, backend)
-    assert y.dtype == dtype and y.shape == (m, n)
+    assert y.dtype == dtype
+    assert y.shape == (m, n)
     truncates = device == "cpu" and dtype == torch.bfloat16
     assert relative_error(y, exact_product(x, q, bias)) < (INTERPRETED_BFLOAT16 if truncates else TOLERANCE[dtype])
 
@@ -50,7 +71,12 @@ def test_product_against_float64(backend, device, dtype, block_size, n, k, m, wi
 def test_inputs_of_any_strides_and_shapes(backend, device, dtype):
     q = quantize_nvfp4(make_weight("gaussian", 48, 64, dtype).to(device))
     wide = torch.randn(6, 128, device=device).to(dtype)
-    for x in (wide[:, ::2], wide[:, 64:], wide.view(2, 3, 128)[..., :64], torch.randn(64, 5, device=device).to(dtype).T):
+    for x in (
+        wide[:, ::2],
+        wide[:, 64:],
+        wide.view(2, 3, 128)[..., :64],
+        torch.randn(64, 5, device=device).to(dtype).T,
+    ):
         assert torch.equal(matmul_nvfp4(x, q, backend=backend), matmul_nvfp4(x.contiguous(), q, backend=backend))
     assert matmul_nvfp4(wide.view(2, 3, 128)[..., :64], q, backend=backend).shape == (2, 3, 48)
     assert matmul_nvfp4(wide[0, :64], q, backend=backend).shape == (48,)
@@ -73,21 +99,21 @@ def test_extreme_scales_lose_nothing(backend, device):
         assert relative_error(got, exact_product(x, q, None)) < 1e-3
 
 
-def test_the_fused_kernel_repeats_itself_bit_for_bit(device):
-    q = quantize_nvfp4(make_weight("gaussian", 96, 1056, torch.float16).to(device))
-    x = torch.randn(4, 1056, device=device).half()
+def test_the_fused_kernel_repeats_itself_bit_for_bit(kernel_on):
+    q = quantize_nvfp4(make_weight("gaussian", 96, 1056, torch.float16).to(kernel_on))
+    x = torch.randn(4, 1056, device=kernel_on).half()
     first = matmul_nvfp4(x, q, backend="fused")
     assert all(torch.equal(matmul_nvfp4(x, q, backend="fused"), first) for _ in range(3))
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("block_size", [16, 32])
-def test_dequantize_kernel_gives_the_bits_of_dequantize(device, dtype, block_size):
+def test_dequantize_kernel_gives_the_bits_of_dequantize(kernel_on, dtype, block_size):
     from qwantize_vllm.matmul.triton_dequantize import dequantize_triton
 
-    q = quantize_nvfp4(make_weight("student", 37, 544).to(device), block_size=block_size)
+    q = quantize_nvfp4(make_weight("student", 37, 544).to(kernel_on), block_size=block_size)
     got, wanted = dequantize_triton(q, dtype), q.dequantize(dtype)
-    if device == "cpu" and dtype == torch.bfloat16:  # the interpreter truncates to bfloat16
+    if kernel_on == "cpu" and dtype == torch.bfloat16:  # the interpreter truncates to bfloat16
         wanted = (q.dequantize().view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
     assert torch.equal(got, wanted)
 

@@ -7,22 +7,22 @@ import torch
 
 from qwantize_vllm import quantize_nvfp4
 from qwantize_vllm.format import FLOAT_DTYPES, e4m3_values, round_to_e2m1, unpack_codes
+from tests.devices import kernel_device
 from tests.numbers import least_quadratic, least_sse, make_weight, quadratic, residuals, scaled, sse
 
 KINDS = ["gaussian", "student", "uniform", "sparse", "outlier", "million", "denormal", "zero", "grid"]
 SSE_TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=["reference", "triton"])
-def search(request, device):
-    """quantize_nvfp4 on the device, by the reference or the kernel."""
-    if request.param == "reference" and device == "cuda":
-        pytest.skip("the reference is tested on the CPU")
+@pytest.fixture(params=["reference", "interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def search(request):
+    """quantize_nvfp4 by the reference, by the interpreted kernel, or by the compiled one; the result on the CPU."""
+    device = kernel_device(request.param)
 
     def run(weight, *args, hessian=None, **kwargs):
         hessian = None if hessian is None else hessian.to(device)
-        q = quantize_nvfp4(weight.to(device), *args, hessian=hessian, backend=request.param, **kwargs)
-        return q.to("cpu")
+        backend = "reference" if request.param == "reference" else "triton"
+        return quantize_nvfp4(weight.to(device), *args, hessian=hessian, backend=backend, **kwargs).to("cpu")
 
     return run
 
@@ -88,12 +88,12 @@ def make_hessians(count, block_size):
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("scale_search", ["naive", "optimal", "hessian"])
-def test_kernel_agrees_with_the_reference(device, dtype, scale_search):
+def test_kernel_agrees_with_the_reference(kernel_on, dtype, scale_search):
     weight = make_weight("gaussian", 19, 96, dtype)
     hessian = make_hessians(6, 16) if scale_search == "hessian" else None
     reference = quantize_nvfp4(weight, scale_search, hessian=hessian, backend="reference")
-    on_device = None if hessian is None else hessian.to(device)
-    kernel = quantize_nvfp4(weight.to(device), scale_search, hessian=on_device, backend="triton").to("cpu")
+    on_device = None if hessian is None else hessian.to(kernel_on)
+    kernel = quantize_nvfp4(weight.to(kernel_on), scale_search, hessian=on_device, backend="triton").to("cpu")
     assert torch.equal(kernel.global_scale, reference.global_scale)
     same = kernel.block_scales.view(torch.uint8) == reference.block_scales.view(torch.uint8)
     # Where two scales are equally good within float32, either may be chosen.
