@@ -18,7 +18,7 @@ Matmul = Callable[[torch.Tensor, Nvfp4Tensor, torch.Tensor | None], torch.Tensor
 
 # Up to this many tokens the fused kernel is faster than dequantizing, by compute capability major.
 # Measured on 9 (H200); the others are a cautious guess until someone measures them.
-_FUSED_TOKENS = {9: 64}
+_FUSED_TOKENS = {9: 32}
 _FUSED_TOKENS_ELSEWHERE = 16
 
 

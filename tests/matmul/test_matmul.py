@@ -133,7 +133,7 @@ def test_auto_serves_on_the_cpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 16, 64, 65, 300])
+@pytest.mark.parametrize("m", [1, 16, 32, 33, 300])
 def test_auto_serves_every_number_of_tokens_on_a_gpu(m):
     q = quantize_nvfp4(make_weight("gaussian", 256, 512, torch.bfloat16).cuda())
     x = torch.randn(m, 512, device="cuda").bfloat16()

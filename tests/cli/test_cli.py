@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from qwantize_vllm.cli import app
+
+runner = CliRunner()
+
+
+def test_env_names_versions_and_the_entry_point():
+    result = runner.invoke(app, ["env"])
+    assert result.exit_code == 0
+    for part in ("qwantize-vllm: ", "torch: ", "gpu", "qwantize_vllm.plugin:register"):
+        assert part in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--setting", "missing.yaml"], "missing.yaml does not exist"),
+        (["--text", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_eval_refuses_what_it_cannot_read_before_an_engine_starts(tmp_path, arguments, message):
+    text = tmp_path / "text.txt"
+    text.write_text("a")
+    result = runner.invoke(app, ["eval", "model", "--text", str(text), *arguments], env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert message in result.output

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import logging
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from qwantize_vllm import QwantizeSettings
+from qwantize_vllm.plugin import report as report_module
+from qwantize_vllm.plugin.report import LoadReport
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """What the report logs, level and text."""
+    logged: list[tuple[int, str]] = []
+    for name, level in (("info", logging.INFO), ("warning", logging.WARNING)):
+        monkeypatch.setattr(report_module.logger, name, lambda text, *a, level=level: logged.append((level, text % a)))
+    return logged
+
+
+def finish(report, name, snr_db=20.0):
+    report.quantized(name, 2**30, 2**28, signal=1.0, noise=10 ** (-snr_db / 10), began=time.perf_counter())
+
+
+def test_one_summary_when_the_last_layer_is_done(lines):
+    report = LoadReport(QwantizeSettings())
+    embedding = torch.nn.Embedding(2**14, 2**13, dtype=torch.bfloat16)
+    tied = torch.nn.Linear(1, 1, bias=False)
+    tied.weight = embedding.weight
+    report.leave("embed_tokens", embedding, "embedding or head")
+    report.leave("lm_head", tied, "embedding or head")
+    report.leave("attn", torch.nn.Module(), "Attention")
+    report.expect("a"), report.expect("b")
+    finish(report, "a", 20.0)
+    assert lines == []
+    finish(report, "b", 22.0)
+    ((level, summary),) = lines
+    assert level == logging.INFO
+    assert "2 layers quantized to NVFP4 (optimal, blocks of 16)" in summary
+    assert "2 left (2 embedding or head)" in summary
+    assert "weights 2.250 -> 0.750 GiB (quantized layers 2.000 -> 0.500, left 0.250)" in summary
+    assert "mean signal-to-noise 21.00 dB" in summary
+
+
+def test_a_reload_is_summed_up_anew(lines):
+    report = LoadReport(QwantizeSettings())
+    report.expect("a")
+    finish(report, "a")
+    finish(report, "a")
+    assert len(lines) == 2
+    assert "quantized layers 1.000 -> 0.250" in lines[1][1]
+
+
+def test_patterns_that_name_nothing_are_told(lines):
+    report = LoadReport(QwantizeSettings(ignore=("lm_head", "*.o_proj")))
+    report.leave("layers.0.o_proj", torch.nn.Linear(2, 2), "ignored", ["layers.0.o_proj"])
+    report.expect("a")
+    finish(report, "a")
+    assert (logging.WARNING, "qwantize: ignore pattern 'lm_head' named no layer of this model") in lines
+    assert not any("o_proj'" in text for _, text in lines)
+
+
+def test_a_weight_without_error_has_infinite_ratio(lines):
+    report = LoadReport(QwantizeSettings())
+    report.expect("a")
+    report.quantized("a", 1, 1, signal=0.0, noise=0.0, began=time.perf_counter())
+    assert "signal-to-noise infinite" in lines[0][1]
