@@ -36,8 +36,11 @@ class QwantizeSettings(pydantic.BaseModel):
         "given block Hessians.",
     )
     block_size: Literal[16, 32] = pydantic.Field(16, description="Weights a block scale covers, along the input.")
-    global_scale: Literal["amax", "none"] = pydantic.Field(
-        "amax", description="One float32 per weight: max|w|/(6*448), or 1."
+    global_scale: Literal["amax", "amax_per_member", "none"] = pydantic.Field(
+        "amax",
+        description="One float32 per layer, max|w|/(6*448), shared by the members of a fused layer as in other NVFP4 "
+        "checkpoints; one per member (q_proj, k_proj, v_proj), to reproduce what was measured on unfused weights, "
+        "slower; or 1.",
     )
     hessian: Path | None = pydantic.Field(
         None, strict=False, description="Safetensors file of block Hessians, for scale_search: hessian."

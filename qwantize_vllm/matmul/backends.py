@@ -16,8 +16,8 @@ from qwantize_vllm.matmul.reference import matmul_reference
 
 Matmul = Callable[[torch.Tensor, Nvfp4Tensor, torch.Tensor | None], torch.Tensor]
 
-# Up to this many tokens the fused kernel is faster than dequantizing, by compute capability major.
-# Measured on 9 (H200); the others are a cautious guess until someone measures them.
+# Up to this many tokens the fused kernel is faster than dequantizing, by NVIDIA compute capability major.
+# Measured on 9 (H200); elsewhere, AMD included, a cautious guess until someone measures it.
 _FUSED_TOKENS = {9: 32}
 _FUSED_TOKENS_ELSEWHERE = 16
 
@@ -70,11 +70,11 @@ BACKENDS: dict[str, Backend] = {
 def choose_backend(x: torch.Tensor) -> str:
     """Name of the backend that serves x (M, K): the table behind `backend="auto"`."""
     if not x.is_cuda:
-        return "cpu"
-    major, _ = torch.cuda.get_device_capability(x.device)
-    if x.dtype in _HALF and x.shape[0] <= _FUSED_TOKENS.get(major, _FUSED_TOKENS_ELSEWHERE):
-        return "fused"
-    return "dequantize"
+        return "cpu"  # plain PyTorch, so right on every other device too
+    limit = _FUSED_TOKENS_ELSEWHERE
+    if torch.version.hip is None:
+        limit = _FUSED_TOKENS.get(torch.cuda.get_device_capability(x.device)[0], limit)
+    return "fused" if x.dtype in _HALF and x.shape[0] <= limit else "dequantize"
 
 
 def _triton_is_interpreted() -> bool:

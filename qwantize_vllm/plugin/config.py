@@ -100,11 +100,11 @@ class QwantizeConfig(QuantizationConfig):
         return self._report
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        named = named_parts(prefix, self.settings.ignore, self.packed_modules_mapping)
         if not isinstance(layer, LinearBase):
             kind = "embedding or head" if isinstance(layer, VocabParallelEmbedding) else type(layer).__name__
-            self.report.leave(prefix, layer, kind)
+            self.report.leave(prefix, layer, kind, named)
             return None
-        named = named_parts(prefix, self.settings.ignore, self.packed_modules_mapping)
         if named:
             self._leave_ignored(layer, prefix, named)
             return UnquantizedLinearMethod()

@@ -28,7 +28,8 @@ _DONE = "_already_called_process_weights_after_loading"  # vLLM's reload clears 
 
 class QwantizeLinearMethod(LinearMethodBase):
     """Holds `weight` uint8 (N, K/2), `weight_scale` float8_e4m3fn (N, K/block_size) and
-    `weight_global_scale` float32 () in place of the dense weight.
+    `weight_global_scale` float32 () in place of the dense weight; with `global_scale: amax_per_member`
+    the latter is (members,) where layers are fused, and each member is multiplied on its own.
 
     The dense weight is created on the meta device. vLLM materializes it once all of it has been read,
     calls `process_weights_after_loading`, and goes on to the next layer: at any time at most one dense
@@ -91,24 +92,32 @@ class QwantizeLinearMethod(LinearMethodBase):
             return
         began = time.perf_counter()
         weight = layer.weight.data
-        q = self._quantize(layer, weight)
-        signal, noise = signal_and_noise(weight, q)
-        replace_parameter(layer, "weight", q.codes)
-        replace_parameter(layer, "weight_scale", q.block_scales)
-        replace_parameter(layer, "weight_global_scale", q.global_scale)
+        parts = self._quantize(layer, weight)
+        energies = [signal_and_noise(*pair) for pair in zip(weight.split(self._widths(layer)), parts, strict=True)]
+        signal, noise = (float(sum(energy)) for energy in zip(*energies, strict=True))
+        after = sum(q.nbytes for q in parts)
+        replace_parameter(layer, "weight", _concatenated([q.codes for q in parts]))
+        replace_parameter(layer, "weight_scale", _concatenated([q.block_scales for q in parts]))
+        scales = [q.global_scale for q in parts]
+        replace_parameter(layer, "weight_global_scale", torch.stack(scales) if len(scales) > 1 else scales[0])
         setattr(layer, _DONE, True)
-        self.report.quantized(self.name, weight.nbytes, q.nbytes, float(signal), float(noise), began)
+        self.report.quantized(self.name, weight.nbytes, after, signal, noise, began)
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return matmul_op(
-            x,
-            layer.weight,
-            layer.weight_scale,
-            layer.weight_global_scale,
-            bias,
-            self.settings.block_size,
-            self.settings.backend,
+        settings = self.settings
+        if layer.weight_global_scale.dim() == 0:
+            weight = (layer.weight, layer.weight_scale, layer.weight_global_scale)
+            return matmul_op(x, *weight, bias, settings.block_size, settings.backend)
+        widths = self._widths(layer)
+        weights = zip(
+            layer.weight.split(widths), layer.weight_scale.split(widths), layer.weight_global_scale, strict=True
         )
+        biases = [None] * len(widths) if bias is None else bias.split(widths)
+        outputs = [
+            matmul_op(x, *weight, part, settings.block_size, settings.backend)
+            for weight, part in zip(weights, biases, strict=True)
+        ]
+        return torch.cat(outputs, dim=-1)
 
     def _leave(self, layer: LinearBase, reason: str) -> None:
         if self.settings.strict:
@@ -117,13 +126,23 @@ class QwantizeLinearMethod(LinearMethodBase):
         layer.quant_method = UnquantizedLinearMethod()
         self.report.leave(self.name, layer, reason)
 
-    def _quantize(self, layer: LinearBase, weight: torch.Tensor) -> Nvfp4Tensor:
-        amax = _amax_over_ranks(layer, matrix_amax(weight))
-        if not bool(torch.isfinite(amax)):
+    def _widths(self, layer: LinearBase) -> list[int]:
+        """Rows of this rank's weight that share a global scale."""
+        if self.settings.global_scale == "amax_per_member":
+            return list(layer.logical_widths)
+        return [layer.output_size_per_partition]
+
+    def _quantize(self, layer: LinearBase, weight: torch.Tensor) -> list[Nvfp4Tensor]:
+        parts = weight.split(self._widths(layer))
+        amax = _amax_over_ranks(layer, torch.stack([matrix_amax(part) for part in parts]))
+        if not bool(torch.isfinite(amax).all()):
             raise ValueError(f"qwantize: {self.name}: {describe_nonfinite(weight)} (on this rank)")
-        global_scale = resolve_global_scale(amax, self.settings.global_scale)
+        scales = resolve_global_scale(amax, "none" if self.settings.global_scale == "none" else "amax")
         hessian = self._hessian(layer, weight)
-        return search_nvfp4(weight, self.settings.scale_search, self.settings.block_size, global_scale, hessian)
+        search, block_size = self.settings.scale_search, self.settings.block_size
+        return [
+            search_nvfp4(part, search, block_size, scale, hessian) for part, scale in zip(parts, scales, strict=True)
+        ]
 
     def _hessian(self, layer: LinearBase, weight: torch.Tensor) -> torch.Tensor | None:
         """This rank's block Hessians: of the layer by its own name or that of a member it is fused from."""
@@ -147,6 +166,13 @@ def _amax_over_ranks(layer: LinearBase, amax: torch.Tensor) -> torch.Tensor:
     amax = torch.where(amax.isnan(), torch.inf, amax)
     torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=get_tp_group().device_group)
     return amax
+
+
+def _concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    # PyTorch does not concatenate float8 everywhere; its bytes it does.
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
 
 
 @functools.lru_cache(maxsize=1)

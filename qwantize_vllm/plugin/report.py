@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import weakref
@@ -52,7 +53,7 @@ class LoadReport:
 
     def summary(self) -> str:
         """One line: layers, GiB before and after, mean signal-to-noise ratio, seconds."""
-        left_bytes, left = self._left_layers()
+        left_bytes, left = self._left_layers
         snr = [ratio for ratio in self._quantized.values() if math.isfinite(ratio)]
         mean = f"{sum(snr) / len(snr):.2f} dB" if snr else "infinite"
         before, after = self._bytes_before + left_bytes, self._bytes_after + left_bytes
@@ -64,8 +65,12 @@ class LoadReport:
             f"left {_gib(left_bytes)}); mean signal-to-noise {mean}; {self._seconds:.2f} s"
         )
 
+    @functools.cached_property
     def _left_layers(self) -> tuple[int, str]:
-        """Bytes of the layers left, a tied weight counted once, and how many by reason."""
+        """Bytes of the layers left, a tied weight counted once, and how many by reason.
+
+        Counted at the first summary: later vLLM may have packed their weights, or put them on the meta device.
+        """
         storages: dict[int, int] = {}
         reasons: Counter[str] = Counter()
         for reference, reason in self._left.values():

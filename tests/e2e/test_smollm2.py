@@ -1,0 +1,92 @@
+"""A real checkpoint, quantized while it loads, against the checkpoint that its codes and scales stand for."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwantize_vllm import Nvfp4Tensor
+
+from .checkpoints import quantize_checkpoint
+from .compare import assert_serves, largest_difference, served_layers, tensors_of
+from .conftest import Engines
+from .engine import Outcome
+from .probe import probe
+
+pytestmark = pytest.mark.e2e
+
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at 100 degrees",
+    "1, 2, 3, 4, 5, 6,",
+    "Question: What color is the sky?\nAnswer:",
+    "Once upon a time, there was a little girl who",
+    "<|im_start|>user\nWhat is the largest planet?<|im_end|>\n<|im_start|>assistant\n",
+)
+TOKENS = 40
+TOLERANCE = 0.05  # of a log-probability
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2: Path) -> dict[str, Nvfp4Tensor]:
+    """What `quantize_nvfp4` makes of the checkpoint."""
+    return quantize_checkpoint(smollm2)
+
+
+@pytest.fixture(scope="module")
+def quantized(engines: Engines, smollm2: Path) -> Outcome:
+    return engines.start(smollm2, functools.partial(probe, prompts=PROMPTS, max_tokens=TOKENS))
+
+
+@pytest.fixture(scope="module")
+def dequantized(engines: Engines, smollm2: Path, expected: dict[str, Nvfp4Tensor], quantized: Outcome) -> Outcome:
+    """Plain vLLM on the dequantized weights: its own completions, and its scores of the quantized engine's."""
+    return engines.start_dequantized(smollm2, expected, quantized)
+
+
+def test_text_is_sane(quantized):
+    texts = [completion["text"] for completion in quantized.result["completions"]]
+    for text, continuation in zip(texts, (" Paris", " Celsius", " 7, 8, 9"), strict=False):
+        assert text.startswith(continuation)
+
+
+def test_every_linear_layer_serves_the_codes_of_quantize_nvfp4(quantized, expected):
+    assert len(expected) == 4 * 30
+    assert served_layers(quantized) == set(expected)
+    for layer, q in expected.items():
+        assert_serves(tensors_of(quantized), layer, q)
+
+
+def test_only_embedding_head_and_norms_stay_dense(quantized, expected):
+    dense = {
+        name: tensor.dtype
+        for name, tensor in tensors_of(quantized).items()
+        if name.endswith(".weight") and name.removesuffix(".weight") not in expected
+    }
+    norms = [
+        f"model.layers.{i}.{norm}.weight" for i in range(30) for norm in ("input_layernorm", "post_attention_layernorm")
+    ]
+    others = ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"]
+    assert dense == dict.fromkeys(norms + others, torch.bfloat16)
+
+
+@pytest.mark.parametrize("prompt", range(len(PROMPTS)))
+def test_greedy_output_is_that_of_the_dequantized_checkpoint(quantized, dequantized, prompt):
+    ours, theirs = (outcome.result["completions"][prompt] for outcome in (quantized, dequantized))
+    assert len(ours["ids"]) == len(theirs["ids"]) == TOKENS
+    # The same tokens are as likely to both engines, whichever they would have chosen.
+    scores = [quantized.result["own_scores"][prompt]], [dequantized.result["scores"][prompt]]
+    assert largest_difference(*scores) <= TOLERANCE
+    if ours["ids"] != theirs["ids"]:
+        assert gap_where_they_part(ours, theirs) <= TOLERANCE
+
+
+def gap_where_they_part(ours: dict, theirs: dict) -> float:
+    """Between the log-probabilities of the two tokens chosen first that are not the same: 0 in a tie."""
+    step = next(i for i, (a, b) in enumerate(zip(ours["ids"], theirs["ids"], strict=True)) if a != b)
+    likely = ours["logprobs"][step]
+    return likely[ours["ids"][step]] - likely.get(theirs["ids"][step], -math.inf)

@@ -1,0 +1,66 @@
+"""Two ranks hold together what one rank holds."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from qwantize_vllm.hessian import save_hessians
+
+from .checkpoints import random_hessians
+from .compare import largest_difference, sequences_of, served_layers, tensors_of
+from .conftest import TINY_PROMPTS
+from .probe import probe
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores"),
+]
+
+TWO_RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
+# Rows of the members of a fused layer: each of them is cut in two, and a rank holds a half of each.
+MEMBERS = {"qkv_proj": [128, 64, 64], "gate_up_proj": [256, 256], "o_proj": [128], "down_proj": [128]}
+ROW_PARALLEL = ("o_proj", "down_proj")
+
+
+def join(layer: str, parts: list[torch.Tensor]) -> torch.Tensor:
+    """Codes or scales of all ranks, in the order of one rank."""
+    name = layer.rpartition(".")[2]
+    if name in ROW_PARALLEL:
+        return torch.cat(parts, dim=1)
+    halves = [part.split([rows // len(parts) for rows in MEMBERS[name]]) for part in parts]
+    return torch.cat([half for member in zip(*halves, strict=True) for half in member])
+
+
+@pytest.mark.parametrize("search", [{"scale_search": "hessian"}, {"global_scale": "amax_per_member"}], ids=str)
+def test_two_ranks_hold_the_codes_of_one(engines, tiny, tmp_path, search):
+    settings = {"quant_method": "qwantize", **search}
+    if search.get("scale_search") == "hessian":
+        settings["hessian"] = str(tmp_path / "hessians.safetensors")
+        save_hessians(settings["hessian"], random_hessians(tiny), block_size=16)
+    # In float32, so that the order in which ranks add up their shares does not show in the scores.
+    arguments = {"hf_overrides": {"quantization_config": settings}, "dtype": "float32"}
+    one = engines.start(tiny, **arguments)
+    use = functools.partial(probe, prompts=TINY_PROMPTS, sequences=sequences_of(one))
+    two = engines.start(tiny, use, **arguments, **TWO_RANKS)
+
+    ranks = [tensors_of(two, rank) for rank in range(2)]
+    assert served_layers(one) == served_layers(two)
+    for layer in served_layers(one):
+        whole = {name: tensors_of(one)[f"{layer}.{name}"] for name in ("weight", "weight_scale", "weight_global_scale")}
+        for name in ("weight", "weight_scale"):
+            joined = join(layer, [rank[f"{layer}.{name}"].view(torch.uint8) for rank in ranks])
+            assert torch.equal(joined, whole[name].view(torch.uint8)), (layer, name)
+        for rank in ranks:
+            assert torch.equal(rank[f"{layer}.weight_global_scale"], whole["weight_global_scale"]), layer
+    assert largest_difference(one.result["own_scores"], two.result["scores"]) <= 1e-4
+
+
+def test_nan_on_one_rank_ends_all(engines, broken):
+    """The rank that holds no NaN waits for the other's amax: it must not wait for ever."""
+    log = engines.refuse(broken, **TWO_RANKS)
+    assert "qwantize: model.layers.1.mlp.gate_up_proj: weight (256, 128) holds 3 NaN and 2 infinite elements" in log
