@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-UNQUANTIZED = "bf16"
+from qwantize_vllm.plugin.engine_process import engine, in_own_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,29 +64,23 @@ def tokenize(model: str, text: Path) -> list[int]:
     return get_tokenizer(model).encode(text.read_text(encoding="utf-8"), add_special_tokens=False)
 
 
-def measure(model: str, windows: list[list[int]], settings: dict[str, Any] | None, engine: dict[str, Any]) -> Score:
-    """Score windows in an engine of their own process, gone when this returns.
+def measure(model: str, windows: list[list[int]], settings: dict[str, Any] | None, options: dict[str, Any]) -> Score:
+    """Score windows in an engine of its own process, gone when this returns.
 
-    settings: of the plugin, or None for the model as it is. engine: further arguments of `vllm.LLM`.
+    settings: of the plugin, or None for the model as it is. options: further arguments of `vllm.LLM`.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_measure, model, windows, settings, engine).result()
+    return in_own_process(_measure, model, windows, settings, options)
 
 
-def _measure(model: str, windows: list[list[int]], settings: dict[str, Any] | None, engine: dict[str, Any]) -> Score:
-    from vllm import LLM, SamplingParams
+def _measure(model: str, windows: list[list[int]], settings: dict[str, Any] | None, options: dict[str, Any]) -> Score:
+    from vllm import SamplingParams
 
     quantized = {} if settings is None else {"quantization": "qwantize", "additional_config": {"qwantize": settings}}
-    length = len(windows[0])
-    llm = LLM(model, max_model_len=length + 1, enable_prefix_caching=False, **quantized, **engine)
+    arguments = {"max_model_len": len(windows[0]) + 1, "enable_prefix_caching": False, **quantized, **options}
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": window} for window in windows], sampling)
-    score = Score(
-        [_window_nll(window, output.prompt_logprobs) for window, output in zip(windows, outputs, strict=True)]
-    )
-    del llm
-    gc.collect()
-    return score
+    with engine(model=model, **arguments) as llm:
+        outputs = llm.generate([{"prompt_token_ids": window} for window in windows], sampling)
+    return Score([_window_nll(window, output.prompt_logprobs) for window, output in zip(windows, outputs, strict=True)])
 
 
 def _window_nll(window: list[int], logprobs: list[Any]) -> float:

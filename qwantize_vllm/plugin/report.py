@@ -24,7 +24,7 @@ class LoadReport:
         self.settings = settings
         self._expected: set[str] = set()
         self._quantized: dict[str, float] = {}
-        self._left: dict[str, tuple[weakref.ref[torch.nn.Module], str]] = {}
+        self._left: dict[tuple[str, int], tuple[weakref.ref[torch.nn.Module], str]] = {}
         self._ignored: list[str] = []
         self._bytes_before = self._bytes_after = 0
         self._seconds = 0.0
@@ -35,7 +35,8 @@ class LoadReport:
 
     def leave(self, name: str, layer: torch.nn.Module, reason: str, ignored: list[str] | None = None) -> None:
         """A layer stays as it is; ignored: the names by which the settings reached it."""
-        self._left[name] = (weakref.ref(layer), reason)
+        # Not by name alone: vLLM builds layers, the embeddings of Llama among them, without one.
+        self._left[name, id(layer)] = (weakref.ref(layer), reason)
         self._ignored += ignored or []
 
     def quantized(self, name: str, before: int, after: int, signal: float, noise: float, began: float) -> None:

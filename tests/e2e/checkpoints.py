@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def _random_weights(config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
     hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     attention, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
-    # A head four times as large as usual makes the next token depend visibly on every weight.
+    # Embeddings and a head four times as large as usual make the next token depend visibly on every weight.
     tensors = {"model.embed_tokens.weight": normal(config["vocab_size"], hidden, scale=4.0)}
     if not config["tie_word_embeddings"]:
         tensors["lm_head.weight"] = normal(config["vocab_size"], hidden, scale=4.0)
@@ -113,16 +114,26 @@ def quantize_checkpoint(
 
     hessians: by the same names; skip: layers left out; search: arguments of `quantize_nvfp4`.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     tensors = load_file(checkpoint / "model.safetensors")
     quantized = {}
     for layer, members in linear_layers(tensors, fuse).items():
         if layer in skip:
             continue
-        weight = torch.cat([tensors[f"{member}.weight"] for member in members]).to(device, dtype)
-        hessian = hessians[layer].to(device) if hessians else None
-        quantized[layer] = quantize_nvfp4(weight, hessian=hessian, **search).to("cpu")
+        weight = torch.cat([tensors[f"{member}.weight"] for member in members]).to(dtype)
+        with _one_thread():
+            quantized[layer] = quantize_nvfp4(weight, hessian=hessians[layer] if hessians else None, **search)
     return quantized
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Where others use the cores too, threads that spin while they wait for each other take many times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def random_hessians(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -35,7 +35,7 @@ _SET = {
 _EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 # The engine core runs in the process that the test talks to, its threads wherever the machine has room.
 _IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-_ARGUMENTS = {"enforce_eager": True, "max_model_len": 256, "gpu_memory_utilization": 0.2, "disable_log_stats": True}
+_ARGUMENTS = {"enforce_eager": True, "max_model_len": 256, "disable_log_stats": True}
 
 
 @dataclasses.dataclass(frozen=True)

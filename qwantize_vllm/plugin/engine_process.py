@@ -1,0 +1,30 @@
+"""Offline engines that are gone, with all their memory, when their measurement is done."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_own_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """function(*args, **kwargs) in a fresh process; what it raises is raised here."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args, **kwargs).result()
+
+
+@contextlib.contextmanager
+def engine(**arguments: Any) -> Iterator[Any]:
+    """A `vllm.LLM` that is shut down on leaving: a process whose engine still runs does not end."""
+    from vllm import LLM
+
+    llm = LLM(**arguments)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()

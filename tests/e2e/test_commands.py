@@ -1,0 +1,59 @@
+"""The commands that start engines of their own."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .engine import PATIENCE, server_environment
+
+pytestmark = pytest.mark.e2e
+
+
+def qwantize(*arguments: str | Path) -> str:
+    """What the command prints; it must succeed."""
+    command = [Path(sys.executable).with_name("qwantize"), *arguments]
+    done = subprocess.run(command, env=server_environment(), capture_output=True, text=True, timeout=2 * PATIENCE)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout
+
+
+def test_eval_compares_settings_window_by_window(smollm2, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    out = tmp_path / "scores.json"
+    options = [
+        "--setting",
+        "bf16",
+        "--setting",
+        "naive",
+        "--window-tokens",
+        "48",
+        "--windows",
+        "2",
+        "--first-token",
+        "5",
+    ]
+    printed = qwantize("eval", smollm2, "--text", text, *options, "--out", out)
+    assert "perplexity" in printed
+    scores = json.loads(out.read_text())
+    assert list(scores) == ["bf16", "naive"]
+    assert scores["naive"]["window_nll"] != scores["bf16"]["window_nll"]
+    for score in scores.values():
+        # After the first sentence the rest is known: a model that reads its window is hardly surprised.
+        assert 1 < score["perplexity"] < 10
+        assert score["perplexity"] == pytest.approx(math.exp(sum(score["window_nll"]) / 2))
+
+
+def test_bench_serve_times_every_load_with_both_methods(tmp_path):
+    out = tmp_path / "bench.json"
+    options = ["--shape", "tiny", "--new-tokens", "4", "--prefill-tokens", "32", "--eager"]
+    printed = qwantize("bench", "serve", *options, "--out", out)
+    assert "batch 32" in printed
+    seconds = json.loads(out.read_text())["seconds"]
+    assert [len(seconds[method]) for method in ("bf16", "qwantize")] == [3, 3]
