@@ -27,7 +27,8 @@ def dequantize_triton(q: Nvfp4Tensor, dtype: torch.dtype) -> torch.Tensor:
     n, k = q.shape
     out = torch.empty(n, k, dtype=dtype, device=q.device)
     if out.numel():
-        _dequantize_kernel[(triton.cdiv(k // 2, _BYTES), triton.cdiv(n, _ROWS))](
+        # One axis for all tiles: the second would end at 65,535 programs.
+        _dequantize_kernel[(triton.cdiv(n, _ROWS) * triton.cdiv(k // 2, _BYTES),)](
             q.codes,
             q.block_scales.view(torch.uint8),
             q.global_scale,
@@ -57,15 +58,17 @@ def _dequantize_kernel(
     BYTES: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    byte = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
+    tiles = tl.cdiv(row_bytes, BYTES)
+    tile_row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    row = tile_row.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    byte = tile * BYTES + tl.arange(0, BYTES)
     inside = (row < rows)[:, None] & (byte < row_bytes)[None, :]
     packed = tl.load(codes_ptr + row[:, None] * codes_stride + byte[None, :], mask=inside, other=0).to(tl.int32)
     scale_offsets = row[:, None] * scales_stride + (byte // BLOCK_BYTES)[None, :]
     scale = decode_e4m3(tl.load(scales_ptr + scale_offsets, mask=inside, other=0))
     g = tl.load(global_scale_ptr)
     pair = tl.join(decode_e2m1(packed) * scale * g, decode_e2m1(packed >> 4) * scale * g)
-    k = tl.program_id(0) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
+    k = tile * (2 * BYTES) + tl.arange(0, 2 * BYTES)
     offsets = row[:, None] * (2 * row_bytes) + k[None, :]
     mask = (row < rows)[:, None] & (k < 2 * row_bytes)[None, :]
     tl.store(out_ptr + offsets, tl.reshape(pair, (ROWS, 2 * BYTES)).to(out_ptr.dtype.element_ty), mask=mask)
