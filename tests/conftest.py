@@ -12,6 +12,8 @@ from tests.devices import kernel_device
 # Read when triton is first imported, so before any test module is.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# The tensors are small, and threads that wait for each other on a busy machine can take twenty times as long as one.
+torch.set_num_threads(1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

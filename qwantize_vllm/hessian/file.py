@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -53,19 +53,33 @@ class HessianFile:
                 f"the settings ask for {block_size}"
             )
 
+    def find(self, names: Sequence[str], blocks: int) -> str:
+        """The first of a layer's names that the file has, once it is sure that it holds that many blocks.
+
+        Raises:
+            ValueError: the file has none of the names, or another number of blocks.
+        """
+        name = next((name for name in names if name in self.names), None)
+        if name is None:
+            raise ValueError(f"Hessian file {self.path} has no layer {' or '.join(map(repr, names))}")
+        with safe_open(self.path, framework="pt") as file:
+            found = file.get_slice(name).get_shape()[0]
+        if found != blocks:
+            raise ValueError(
+                f"Hessian file {self.path}: layer {name!r} has {found} blocks, the model's has {blocks}; "
+                "it was measured on another model"
+            )
+        return name
+
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Blocks start..stop of a layer: float32 (stop - start, block_size, block_size), on the CPU.
 
         Raises:
-            KeyError: the file has no such layer.
-            ValueError: the layer has fewer blocks.
+            ValueError: they hold NaN or infinities.
         """
-        if name not in self.names:
-            raise KeyError(f"Hessian file {self.path} has no layer {name!r}")
         with safe_open(self.path, framework="pt") as file:
-            part = file.get_slice(name)
-            if part.get_shape()[0] < stop:
-                raise ValueError(
-                    f"Hessian file {self.path}: layer {name!r} has {part.get_shape()[0]} blocks, needed {stop}"
-                )
-            return part[start:stop]
+            hessian: torch.Tensor = file.get_slice(name)[start:stop]
+        if not bool(hessian.isfinite().all()):
+            count = int((~hessian.isfinite()).sum())
+            raise ValueError(f"Hessian file {self.path}: layer {name!r} holds {count} non-finite elements")
+        return hessian

@@ -54,7 +54,8 @@ class QwantizeLinearMethod(LinearMethodBase):
         """Create the dense weight on the meta device, or hand the layer to vLLM where K does not divide.
 
         Raises:
-            ValueError: K is not a multiple of the block size and the settings are strict.
+            ValueError: K is not a multiple of the block size and the settings are strict; the Hessian
+                file does not fit the layer.
         """
         block_size = self.settings.block_size
         layer.logical_widths = output_partition_sizes
@@ -79,6 +80,10 @@ class QwantizeLinearMethod(LinearMethodBase):
             weight_loader=extra_weight_attrs.get("weight_loader"),
         )
         layer.register_parameter("weight", weight)
+        if self.settings.hessian is not None:
+            # Here, so that a file that does not fit is refused before weights are read.
+            names = list(dict.fromkeys([self.name, *self.members]))
+            self._hessian_name = self._hessian_file().find(names, input_size // block_size)
         self.report.expect(self.name)
         initialize_online_processing(layer)
 
@@ -145,15 +150,16 @@ class QwantizeLinearMethod(LinearMethodBase):
         ]
 
     def _hessian(self, layer: LinearBase, weight: torch.Tensor) -> torch.Tensor | None:
-        """This rank's block Hessians: of the layer by its own name or that of a member it is fused from."""
+        """This rank's block Hessians, of the layer or of a member that it is fused from."""
         if self.settings.hessian is None:
             return None
-        file = _open_hessians(str(self.settings.hessian), self.settings.block_size)
         blocks = weight.shape[1] // self.settings.block_size
         row_parallel = layer.input_size != layer.input_size_per_partition
         start = layer.tp_rank * blocks if row_parallel else 0
-        name = next((name for name in [self.name, *self.members] if name in file.names), self.name)
-        return file.read(name, start, start + blocks).to(weight.device)
+        return self._hessian_file().read(self._hessian_name, start, start + blocks).to(weight.device)
+
+    def _hessian_file(self) -> HessianFile:
+        return _open_hessians(str(self.settings.hessian), self.settings.block_size)
 
 
 def _amax_over_ranks(layer: LinearBase, amax: torch.Tensor) -> torch.Tensor:

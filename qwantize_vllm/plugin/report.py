@@ -41,6 +41,8 @@ class LoadReport:
 
     def quantized(self, name: str, before: int, after: int, signal: float, noise: float, began: float) -> None:
         """A layer has been quantized: bytes before and after, energies, and when that began (perf_counter)."""
+        if name in self._quantized:  # a pass before this one broke off
+            self._start_over()
         self._quantized[name] = math.inf if noise == 0 else 10 * math.log10(signal / noise)
         self._bytes_before += before
         self._bytes_after += after
@@ -49,8 +51,10 @@ class LoadReport:
             logger.info("%s", self.summary())
             for pattern in self._unused_patterns():
                 logger.warning("qwantize: ignore pattern %r named no layer of this model", pattern)
-            # Weights may be reloaded later: the next pass counts from zero.
-            self._quantized, self._bytes_before, self._bytes_after, self._seconds = {}, 0, 0, 0.0
+            self._start_over()  # weights may be reloaded later
+
+    def _start_over(self) -> None:
+        self._quantized, self._bytes_before, self._bytes_after, self._seconds = {}, 0, 0, 0.0
 
     def summary(self) -> str:
         """One line: layers, GiB before and after, mean signal-to-noise ratio, seconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from qwantize_vllm.hessian import save_hessians
 
-from .checkpoints import write_tiny
+from .checkpoints import random_hessians, write_tiny
+from .conftest import Engines
 
 pytestmark = pytest.mark.e2e
 
@@ -97,18 +99,51 @@ def test_infinity_alone(engines, tmp_path):
     assert "qwantize: model.layers.0.self_attn.qkv_proj: weight (256, 128) holds 0 NaN and 1 infinite elements" in log
 
 
-DOWN = "model.layers.0.mlp.down_proj"  # 16 blocks of 16, and the first layer of the file
-BAD_HESSIANS = {
-    "no such layer": ({"model.layers.7.mlp.down_proj": 16}, 16, f"hessians.safetensors has no layer '{DOWN}'"),
-    "other block size": ({DOWN: 8}, 32, "was measured with block_size 32, the settings ask for 16"),
-    "too few blocks": ({DOWN: 15}, 16, f"layer '{DOWN}' has 15 blocks, needed 16"),
+DOWN = "model.layers.0.mlp.down_proj"  # 16 blocks of 16
+
+
+def remove(hessians: dict[str, torch.Tensor]) -> None:
+    del hessians[DOWN]
+
+
+def shorten(hessians: dict[str, torch.Tensor]) -> None:
+    hessians[DOWN] = hessians[DOWN][:15]
+
+
+def lengthen(hessians: dict[str, torch.Tensor]) -> None:
+    hessians[DOWN] = torch.cat([hessians[DOWN]] * 2)
+
+
+UNFIT_HESSIANS = {
+    "no such layer": (remove, f"hessians.safetensors has no layer '{DOWN}'"),
+    "too few blocks": (shorten, f"layer '{DOWN}' has 15 blocks, the model's has 16"),
+    "too many blocks": (lengthen, f"layer '{DOWN}' has 32 blocks, the model's has 16"),
 }
 
 
-@pytest.mark.parametrize("case", BAD_HESSIANS)
-def test_bad_hessian_file(engines, tiny, tmp_path, case):
-    layers, block_size, message = BAD_HESSIANS[case]
+@pytest.mark.parametrize("case", UNFIT_HESSIANS)
+def test_unfit_hessian_file(engines, tiny, tmp_path, case):
+    change, message = UNFIT_HESSIANS[case]
+    hessians = random_hessians(tiny)
+    change(hessians)
+    assert_refused(refuse_hessians(engines, tiny, tmp_path, hessians), [message])
+
+
+def test_hessian_file_of_another_block_size(engines, tiny, tmp_path):
+    log = refuse_hessians(engines, tiny, tmp_path, {DOWN: torch.eye(32).repeat(8, 1, 1)}, block_size=32)
+    assert_refused(log, ["was measured with block_size 32, the settings ask for 16"])
+
+
+def test_nan_in_a_hessian(engines, tiny, tmp_path):
+    hessians = random_hessians(tiny)
+    hessians[DOWN][3, 2, 1] = torch.nan
+    message = f"layer '{DOWN}' holds 1 non-finite elements"
+    assert message in refuse_hessians(engines, tiny, tmp_path, hessians)
+
+
+def refuse_hessians(
+    engines: Engines, tiny: Path, tmp_path: Path, hessians: dict[str, torch.Tensor], block_size: int = 16
+) -> str:
     path = tmp_path / "hessians.safetensors"
-    hessians = {name: torch.eye(block_size).repeat(blocks, 1, 1) for name, blocks in layers.items()}
     save_hessians(path, hessians, block_size)
-    assert message in engines.refuse(tiny, **overrides(scale_search="hessian", hessian=str(path)))
+    return engines.refuse(tiny, **overrides(scale_search="hessian", hessian=str(path)))

@@ -36,12 +36,23 @@ def test_a_file_gives_back_slices(tmp_path):
     save_hessians(path, {"model.layers.0.mlp.down_proj": hessian}, 16)
     file = HessianFile(path, 16)
     assert torch.equal(file.read("model.layers.0.mlp.down_proj", 1, 3), hessian[1:3])
-    with pytest.raises(KeyError, match="no layer 'x'"):
-        file.read("x", 0, 1)
-    with pytest.raises(ValueError, match="has 4 blocks, needed 5"):
-        file.read("model.layers.0.mlp.down_proj", 1, 5)
+    assert file.find(["model.layers.0.mlp.fused", "model.layers.0.mlp.down_proj"], 4) == "model.layers.0.mlp.down_proj"
+    with pytest.raises(ValueError, match="has no layer 'x' or 'y'"):
+        file.find(["x", "y"], 4)
+    with pytest.raises(ValueError, match="has 4 blocks, the model's has 5"):
+        file.find(["model.layers.0.mlp.down_proj"], 5)
     with pytest.raises(ValueError, match="block_size 16, the settings ask for 32"):
         HessianFile(path, 32)
+
+
+def test_what_is_not_finite_is_refused_when_it_is_read(tmp_path):
+    hessian = torch.zeros(3, 16, 16)
+    hessian[1, 2, 3] = torch.nan
+    save_hessians(tmp_path / "h", {"a": hessian}, 16)
+    file = HessianFile(tmp_path / "h", 16)
+    assert file.read("a", 2, 3).shape == (1, 16, 16)
+    with pytest.raises(ValueError, match="layer 'a' holds 1 non-finite elements"):
+        file.read("a", 0, 2)
 
 
 def test_foreign_broken_and_missing_files_are_refused(tmp_path):

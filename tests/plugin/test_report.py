@@ -55,6 +55,16 @@ def test_a_reload_is_summed_up_anew(lines):
     assert "quantized layers 1.000 -> 0.250" in lines[1][1]
 
 
+def test_a_reload_that_broke_off_is_not_counted(lines):
+    report = LoadReport(QwantizeSettings())
+    report.expect("a"), report.expect("b")
+    finish(report, "a")
+    finish(report, "a")
+    finish(report, "b")
+    assert len(lines) == 1
+    assert "quantized layers 2.000 -> 0.500" in lines[0][1]
+
+
 def test_patterns_that_name_nothing_are_told(lines):
     report = LoadReport(QwantizeSettings(ignore=("lm_head", "*.o_proj")))
     report.leave("layers.0.o_proj", torch.nn.Linear(2, 2), "ignored", ["layers.0.o_proj"])
