@@ -1,0 +1,56 @@
+"""Compile every kernel for an NVIDIA architecture, down to machine code; needs no GPU.
+
+    python -m tests.compile_kernels 90
+
+A program of its own because TRITON_INTERPRET, which the tests set, must be unset when triton is imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qwantize_vllm.matmul.triton_dequantize import _dequantize_kernel
+from qwantize_vllm.matmul.triton_fused import _fused_kernel, _reduce_kernel
+from qwantize_vllm.search.triton_hessian import _search_hessian_kernel
+from qwantize_vllm.search.triton_sse import _search_sse_kernel
+
+INPUTS, HALVES = ("*bf16", "*fp16", "*fp32"), ("*bf16", "*fp16")
+
+
+def variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """(kernel, types of its pointers, values of its constants), every combination that a launcher makes."""
+    packed = {"codes_ptr": "*i32", "scales_ptr": "*u8", "global_scale_ptr": "*fp32"}
+    for dtype, block in itertools.product(INPUTS, (16, 32)):
+        weight = {"weight_ptr": dtype, **packed}
+        for optimal in (False, True):
+            yield _search_sse_kernel, weight, {"BLOCK_SIZE": block, "TILE": 128, "OPTIMAL": optimal}
+        yield _search_hessian_kernel, {**weight, "hessian_ptr": "*fp32"}, {"BLOCK_SIZE": block, "TILE": 64}
+        read = {"codes_ptr": "*u8", "scales_ptr": "*u8", "global_scale_ptr": "*fp32"}
+        yield _dequantize_kernel, {**read, "out_ptr": dtype}, {"ROWS": 4, "BYTES": 256, "BLOCK_BYTES": block // 2}
+    for dtype, block, tile_m in itertools.product(HALVES, (16, 32), (16, 32, 64)):
+        pointers = {"x_ptr": dtype, "codes_ptr": "*u8", "scales_ptr": "*u8", "partial_ptr": "*fp32"}
+        tiles = {"TILE_M": tile_m, "TILE_N": 64, "TILE_K": 256}
+        yield _fused_kernel, pointers, {"BLOCK_SIZE": block, "DOT_DTYPE": None, **tiles}
+    for dtype, bias in itertools.product(HALVES, (False, True)):
+        pointers = {"partial_ptr": "*fp32", "global_scale_ptr": "*fp32", "bias_ptr": dtype, "y_ptr": dtype}
+        yield _reduce_kernel, pointers, {"HAS_BIAS": bias, "TILE": 1024}
+
+
+def compile_all(capability: int) -> None:
+    for kernel, pointers, constants in variants():
+        signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
+        indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=indexed)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        print(kernel.__name__, *pointers.values(), constants, f"{len(compiled.asm['cubin'])} bytes", flush=True)
+
+
+if __name__ == "__main__":
+    compile_all(int(sys.argv[1]))

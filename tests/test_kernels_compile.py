@@ -1,0 +1,28 @@
+"""Every kernel compiles for every NVIDIA architecture that vLLM runs on, whatever machine the tests run on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+KERNELS = {"_search_sse_kernel", "_search_hessian_kernel", "_dequantize_kernel", "_fused_kernel", "_reduce_kernel"}
+
+
+SLOW = [pytest.param(capability, marks=pytest.mark.slow) for capability in (89, 120)]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100, *SLOW])
+def test_kernels_compile_to_machine_code(capability, tmp_path):
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)  # so that they are compiled now
+    command = [sys.executable, "-m", "tests.compile_kernels", str(capability)]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {line.split()[0] for line in done.stdout.splitlines()} == KERNELS
