@@ -39,6 +39,4 @@ def matmul_nvfp4(
         raise ValueError(f"bias must be ({n},) on {x.device}, got {tuple(bias.shape)} on {bias.device}")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {backend!r}")
-    if backend != "auto" and (reason := BACKENDS[backend].why_not(x)):
-        raise ValueError(f"backend {backend!r} {reason}")
     return matmul_op(x, q.codes, q.block_scales, q.global_scale, bias, q.block_size, backend)

@@ -22,6 +22,8 @@ def matmul_op(
     q = Nvfp4Tensor(codes, block_scales, global_scale, block_size)
     flat = x.reshape(-1, x.shape[-1])
     name = choose_backend(flat) if backend == "auto" else backend
+    if reason := BACKENDS[name].why_not(flat):
+        raise ValueError(f"backend {name!r} {reason}")
     return BACKENDS[name].run(flat, q, bias).view(*x.shape[:-1], q.shape[0])
 
 
