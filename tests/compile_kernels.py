@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from qwantize_vllm.matmul.triton_dequantize import _dequantize_kernel
 from qwantize_vllm.matmul.triton_fused import _fused_kernel, _reduce_kernel
 from qwantize_vllm.search.triton_hessian import _search_hessian_kernel
+from qwantize_vllm.search.triton_hessian_form import _prepare_hessian_kernel
 from qwantize_vllm.search.triton_sse import _search_sse_kernel
 
 INPUTS, HALVES = ("*bf16", "*fp16", "*fp32"), ("*bf16", "*fp16")
@@ -29,11 +30,18 @@ def variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     packed = {"codes_ptr": "*i32", "scales_ptr": "*u8", "global_scale_ptr": "*fp32"}
     for dtype, block in itertools.product(INPUTS, (16, 32)):
         weight = {"weight_ptr": dtype, **packed}
-        for optimal in (False, True):
-            yield _search_sse_kernel, weight, {"BLOCK_SIZE": block, "TILE": 128, "OPTIMAL": optimal}
-        yield _search_hessian_kernel, {**weight, "hessian_ptr": "*fp32"}, {"BLOCK_SIZE": block, "TILE": 64}
+        for optimal, whole in itertools.product((False, True), repeat=2):
+            yield _search_sse_kernel, weight, {"BLOCK_SIZE": block, "TILE": 32, "OPTIMAL": optimal, "WHOLE": whole}
+        prepared = {**weight, "form_ptr": "*fp32", "bound_ptr": "*fp32"}
+        yield _search_hessian_kernel, prepared, {"BLOCK_SIZE": block, "TILE": 32, "SHARED": True}
         read = {"codes_ptr": "*u8", "scales_ptr": "*u8", "global_scale_ptr": "*fp32"}
         yield _dequantize_kernel, {**read, "out_ptr": dtype}, {"ROWS": 4, "BYTES": 256, "BLOCK_BYTES": block // 2}
+    for block in (16, 32):
+        yield (
+            _prepare_hessian_kernel,
+            {"hessian_ptr": "*fp32", "form_ptr": "*fp32", "weight_ptr": "*fp32"},
+            {"SIZE": block},
+        )
     for dtype, block, tile_m in itertools.product(HALVES, (16, 32), (16, 32, 64)):
         pointers = {"x_ptr": dtype, "codes_ptr": "*u8", "scales_ptr": "*u8", "partial_ptr": "*fp32"}
         tiles = {"TILE_M": tile_m, "TILE_N": 64, "TILE_K": 256}
@@ -43,12 +51,19 @@ def variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         yield _reduce_kernel, pointers, {"HAS_BIAS": bias, "TILE": 1024}
 
 
+def warps(kernel: Any) -> int:
+    """A search has one warp a program, the others Triton's default."""
+    return 1 if kernel.__name__.startswith(("_search", "_prepare")) else 4
+
+
 def compile_all(capability: int) -> None:
     for kernel, pointers, constants in variants():
         signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
         indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
         source = ASTSource(fn=kernel, signature=signature, constexprs=indexed)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps(kernel)}
+        )
         print(kernel.__name__, *pointers.values(), constants, f"{len(compiled.asm['cubin'])} bytes", flush=True)
 
 

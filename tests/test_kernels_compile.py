@@ -11,7 +11,14 @@ import pytest
 
 pytest.importorskip("triton")
 
-KERNELS = {"_search_sse_kernel", "_search_hessian_kernel", "_dequantize_kernel", "_fused_kernel", "_reduce_kernel"}
+KERNELS = {
+    "_search_sse_kernel",
+    "_prepare_hessian_kernel",
+    "_search_hessian_kernel",
+    "_dequantize_kernel",
+    "_fused_kernel",
+    "_reduce_kernel",
+}
 
 
 SLOW = [pytest.param(capability, marks=pytest.mark.slow) for capability in (89, 120)]

@@ -1,13 +1,21 @@
-"""Scale search by output error in Triton: argmin of r'Hr over all 126 E4M3 codes, in one launch.
+"""Scale search by output error in Triton: argmin of r'Hr over all 126 E4M3 codes.
 
-A program takes TILE rows of one column of blocks, which share one Hessian H of BLOCK_SIZE squared:
+A thread takes one block of a row; the blocks of a program are in one column and share one Hessian H:
 
     r(s) = z - value(nearest q, s),    error(s) = r(s)' H r(s),    z = w/g
 
-Every code is evaluated from 1 up to the first at which the whole tile rounds to zero; beyond it the
-residual, and so the error, is that of zero. Neither clipping nor zeroing bounds r'Hr (H may be
-singular), so nothing else is skipped. H is divided by its largest diagonal entry; where that is
-zero, the squared error decides. The product H r runs in float32 ("ieee"), not in tf32.
+`triton_hessian_form.py` finds weights d with r'Hr >= sum d_i r_i^2. The search starts at the smallest
+code with 7*s >= max|z| and walks up, then down, until such a bound reaches the best error of every
+block of the tile. All are parts of sum d_i r_i^2:
+
+    up    sum d_i r_i^2 over |z_i| < s/2: r_i is the distance to 0 or to s/2, whichever is less, and s/2
+          only moves away; and at the latest where all of the block rounds to zero
+    down  sum d_i (|z_i| - 6*s)^2 over what is clipped, which is clipped harder at every smaller scale
+
+Where H is (nearly) singular, d = 0: all codes are tried, in float64, because r'Hr may be left of a cancellation.
+Which way a tie rounds changes r'Hr, so the quotients that are rounded are those of z = RN(w/g), exact
+where they are ties. For blocks of 16, H stays in registers as 136 coefficients, which leaves a warp alone with
+its arithmetic; for blocks of 32, r'Hr is a float32 `tl.dot`.
 """
 
 from __future__ import annotations
@@ -16,16 +24,24 @@ import torch
 import triton
 import triton.language as tl
 
+from qwantize_vllm.search.triton_hessian_form import prepare_hessian
 from qwantize_vllm.search.triton_numbers import (
     e2m1_encode,
     e2m1_round,
-    e4m3_snap,
+    e4m3_ceil,
     e4m3_value,
-    pack_words,
     power_of_two_below,
+    quotient,
+    spread,
 )
+from qwantize_vllm.search.triton_tiles import launch_shape, load_blocks, store_blocks
 
-_TILE = 64  # rows a program
+# (blocks, warps) of a program by the major version of the compute capability. A warp holds 32 blocks: it
+# leaves its loops when the last of them does. Regenerate with `python scripts/tune_search.py`.
+_LAUNCH_SHAPES = {9: (32, 1)}
+
+# A |z| above it is beyond 6*448 already; below 7*448 it still rounds to 6 at the largest scale.
+_LARGEST_Z = tl.constexpr(3100.0)
 
 
 def search_hessian(
@@ -47,19 +63,25 @@ def search_hessian(
     codes = torch.empty(e, n, k // 8, dtype=torch.int32, device=weight.device)
     scales = torch.empty(e, n, k // block_size, dtype=torch.uint8, device=weight.device)
     if weight.numel():
-        _search_hessian_kernel[(triton.cdiv(n, _TILE) * (k // block_size), e)](
+        shared = e == 1 or hessian.stride(0) == 0
+        form, bound = prepare_hessian(hessian[:1] if shared else hessian)
+        tile, warps = launch_shape(_LAUNCH_SHAPES, weight.device, n)
+        tiles = triton.cdiv(n, tile)
+        _search_hessian_kernel[(e * tiles * (k // block_size),)](
             weight,
             global_scale,
-            hessian,
+            form,
+            bound,
             codes,
             scales,
             n,
+            tiles,
             k // block_size,
             *weight.stride(),
-            hessian.stride(0),
-            hessian.stride(1),
+            SHARED=shared,
             BLOCK_SIZE=block_size,
-            TILE=_TILE,
+            TILE=tile,
+            num_warps=warps,
         )
     return codes.view(torch.uint8), scales
 
@@ -68,66 +90,167 @@ def search_hessian(
 def _search_hessian_kernel(
     weight_ptr,
     global_scale_ptr,
-    hessian_ptr,
+    form_ptr,
+    bound_ptr,
     codes_ptr,
     scales_ptr,
     rows,
+    tiles,
     blocks_per_row,
     stride_e,
     stride_n,
     stride_k,
-    hessian_stride_e,
-    hessian_stride_j,
+    SHARED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    matrix = tl.program_id(1).to(tl.int64)
+    """Neighbouring programs read neighbouring columns of the same rows."""
     j = (tl.program_id(0) % blocks_per_row).to(tl.int64)
-    row = (tl.program_id(0) // blocks_per_row).to(tl.int64) * TILE + tl.arange(0, TILE)
+    tile = tl.program_id(0) // blocks_per_row
+    matrix = (tile // tiles).to(tl.int64)
+    row = (tile % tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = row < rows
-    element = tl.arange(0, BLOCK_SIZE)
-    offsets = matrix * stride_e + row[:, None] * stride_n + (j * BLOCK_SIZE + element)[None, :] * stride_k
-    w = tl.load(weight_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
-    g = tl.load(global_scale_ptr + matrix)
-    hessian_start = hessian_ptr + matrix * hessian_stride_e + j * hessian_stride_j
-    hessian = tl.load(hessian_start + element[:, None] * BLOCK_SIZE + element[None, :])
-    z = tl.abs(tl.math.div_rn(w, tl.broadcast_to(g, w.shape)))
-    code = _sweep(w, z, g, _normalized(hessian, BLOCK_SIZE))
-    quants = e2m1_encode(w, z, e4m3_value(code)[:, None])
-    words = pack_words(quants, TILE, BLOCK_SIZE)
-    block = (matrix * rows + row) * blocks_per_row + j
-    word = tl.arange(0, BLOCK_SIZE // 8)
-    tl.store(codes_ptr + block[:, None] * (BLOCK_SIZE // 8) + word[None, :], words, mask=inside[:, None])
-    tl.store(scales_ptr + block, code.to(tl.uint8), mask=inside)
+    start = row * stride_n + j * (BLOCK_SIZE * stride_k)
+    w = load_blocks(weight_ptr + matrix * stride_e, start, stride_k, inside, BLOCK_SIZE)
+    unit, inverse = power_of_two_below(tl.load(global_scale_ptr + matrix))
+    scaled = w * inverse
+    z = quotient(scaled, spread(unit + row * 0.0, w), spread(tl.math.div_rn(1.0, unit + row * 0.0), w))
+    at = j if SHARED else matrix * blocks_per_row + j
+    form_ptr += at * BLOCK_SIZE * BLOCK_SIZE
+    bound = tl.load(bound_ptr + at * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE))
+    z = tl.minimum(tl.maximum(z, -_LARGEST_Z), _LARGEST_Z)
+    if tl.max(bound, axis=0) > 0.0:
+        code = _search(scaled, z, unit, form_ptr, bound, SINGULAR=False)
+    else:
+        code = _search(scaled, z, unit, form_ptr, bound, SINGULAR=True)
+    quants = e2m1_encode(w, tl.abs(z), spread(e4m3_value(code), z))
+    store_blocks(codes_ptr, scales_ptr, (matrix * rows + row) * blocks_per_row + j, inside, quants, code)
 
 
 @triton.jit
-def _normalized(hessian, BLOCK_SIZE: tl.constexpr):
-    """H over its largest diagonal entry, the identity where that is zero."""
-    index = tl.arange(0, BLOCK_SIZE)
-    diagonal = index[:, None] == index[None, :]
-    peak = tl.max(tl.max(tl.where(diagonal, hessian, 0.0), axis=1), axis=0)
-    safe = tl.where(peak > 0.0, peak, 1.0)
-    return tl.where(peak > 0.0, hessian / safe, diagonal.to(tl.float32))
-
-
-@triton.jit
-def _sweep(w, z, g, hessian):
-    """E4M3 code (TILE,) of the least r'Hr; w and z = |w/g| (TILE, BLOCK_SIZE), g a scalar."""
-    unit, inverse = power_of_two_below(g)
-    magnitude = tl.abs(w * inverse)
-    last = tl.minimum(e4m3_snap(tl.max(tl.max(z, axis=1), axis=0) * 4.0) + 1, 126)
-    best = tl.full((w.shape[0],), 1, tl.int32)
-    best_error = tl.full((w.shape[0],), float("inf"), tl.float32)
-    for i in range(0, last):
-        code = best * 0 + (i + 1)
-        scale = e4m3_value(code)[:, None]
-        # The exact quotient: which way a tie rounds changes r'Hr.
-        value = e2m1_round(tl.math.div_rn(z, tl.broadcast_to(scale, z.shape))) * scale
-        residual = tl.fma(-value, tl.broadcast_to(unit, value.shape), magnitude)
-        residual = tl.where(w < 0.0, -residual, residual)
-        projected = tl.dot(residual, hessian, input_precision="ieee")
-        error = tl.sum(projected * residual, axis=1)
-        best = tl.where(error < best_error, code, best)
-        best_error = tl.minimum(error, best_error)
+def _search(scaled, z, unit, form_ptr, bound, SINGULAR: tl.constexpr):
+    """E4M3 code (TILE,) of the least r'Hr; scaled = z*unit and z (TILE, BLOCK_SIZE), bound (BLOCK_SIZE,)."""
+    form = _load_form(form_ptr, z.shape[1], SINGULAR)
+    bound = tl.broadcast_to(bound[None, :], z.shape)
+    amax = tl.max(tl.abs(z), axis=1)
+    first = e4m3_ceil(amax * 0.14285715)
+    code, best = first, first
+    best_error = tl.full(first.shape, float("inf"), tl.float64 if SINGULAR else tl.float32)
+    going = code > 0
+    while tl.max(going.to(tl.int32), axis=0) > 0:
+        value, y = _nearest(z, code, CLIPS=False)
+        best, best_error = _better(scaled, value, unit, form, going, code, best, best_error, SINGULAR)
+        # Where all of the block rounds to zero, larger scales change nothing.
+        going = going & (amax > 0.25 * e4m3_value(code)) & (code < 126)
+        if not SINGULAR:
+            residual = tl.fma(value, tl.full(z.shape, 0.0, tl.float32) - unit, scaled)
+            lost = tl.sum(tl.where(tl.abs(y) < 0.5, bound * residual * residual, 0.0), axis=1)
+            going = going & (lost < best_error)
+        code += 1
+    code = first
+    going = _continues_down(scaled, unit, code, bound, best_error, code > 1)
+    while tl.max(going.to(tl.int32), axis=0) > 0:
+        code = tl.maximum(code - 1, 1)
+        value, _ = _nearest(z, code, CLIPS=True)
+        best, best_error = _better(scaled, value, unit, form, going, code, best, best_error, SINGULAR)
+        going = _continues_down(scaled, unit, code, bound, best_error, going & (code > 1))
     return best
+
+
+@triton.jit
+def _continues_down(scaled, unit, code, bound, best_error, going):
+    """Whether the code below a code can still win: the bound by its clipping is less than the best error."""
+    limit = 6.0 * e4m3_value(tl.maximum(code - 1, 1)) * unit
+    excess = tl.maximum(tl.abs(scaled) - spread(limit, scaled), 0.0)
+    return going & (tl.sum(bound * excess * excess, axis=1) < best_error)
+
+
+@triton.jit
+def _better(scaled, value, unit, form, valid, code, best, best_error, SINGULAR: tl.constexpr):
+    if SINGULAR:
+        error = _quadratic_float64(scaled.to(tl.float64) - value.to(tl.float64) * unit.to(tl.float64), form)
+    else:
+        error = _quadratic(tl.fma(value, tl.full(value.shape, 0.0, tl.float32) - unit, scaled), form)
+    better = valid & (error < best_error)
+    return tl.where(better, code, best), tl.where(better, error, best_error)
+
+
+@triton.jit
+def _nearest(z, code, CLIPS: tl.constexpr):
+    """(nearest value, z/scale), both (TILE, BLOCK_SIZE); CLIPS: |z| may exceed 7 scales.
+
+    The inverse of the scale has two parts, so z/scale is a midpoint of E2M1 only if z is the midpoint * scale.
+    """
+    scale = e4m3_value(code)
+    inverse = 1.0 / scale
+    rest = tl.fma(inverse, -scale, tl.full(scale.shape, 1.0, tl.float32)) * inverse
+    y = tl.fma(z, spread(inverse, z), z * spread(rest, z))
+    if CLIPS:
+        y = tl.minimum(tl.maximum(y, -6.0), 6.0)
+    return e2m1_round(y) * spread(scale, z), y
+
+
+@triton.jit
+def _load_form(form_ptr, BLOCK_SIZE: tl.constexpr, SINGULAR: tl.constexpr):
+    """The argument `form` of _quadratic: for blocks of 16 the coefficients of r_i r_j, i <= j, row by row, a tuple of
+    scalars; for blocks of 32, H. For _quadratic_float64, which is rare: the pointer."""
+    if SINGULAR:
+        return form_ptr
+    elif BLOCK_SIZE == 16:
+        form = ()
+        for i in tl.static_range(16):
+            form = form + (tl.load(form_ptr + i * 16 + i),)
+            for j in tl.static_range(i + 1, 16):
+                form = form + (2.0 * tl.load(form_ptr + i * 16 + j),)
+        return form
+    else:
+        index = tl.arange(0, BLOCK_SIZE)
+        return tl.load(form_ptr + index[:, None] * BLOCK_SIZE + index[None, :])
+
+
+@triton.jit
+def _quadratic_float64(residual, form_ptr):
+    """r'Hr (TILE,) of float64 residuals (TILE, BLOCK_SIZE)."""
+    index = tl.arange(0, residual.shape[1])
+    total = tl.sum(residual, axis=1) * 0.0
+    for i in range(residual.shape[1]):
+        row = tl.load(form_ptr + i * residual.shape[1] + index).to(tl.float64)
+        element = tl.sum(tl.where(index[None, :] == i, residual, 0.0), axis=1)
+        total += element * tl.sum(residual * row[None, :], axis=1)
+    return total
+
+
+@triton.jit
+def _quadratic(residual, form):
+    """r'Hr (TILE,), in float32."""
+    if residual.shape[1] == 16:
+        r = _columns(residual)
+        total = r[0] * 0.0
+        for i in tl.static_range(16):
+            # The coefficient of r_i r_j, j >= i, is number 16*i - i*(i+1)/2 + j.
+            product = form[i * 16 - i * (i - 1) // 2] * r[i]
+            for j in tl.static_range(i + 1, 16):
+                product += form[i * 16 - i * (i + 1) // 2 + j] * r[j]
+            total += product * r[i]
+        return total
+    else:
+        return tl.sum(tl.dot(residual, form, input_precision="ieee") * residual, axis=1)
+
+
+@triton.jit
+def _columns(x):
+    """(TILE, 16) as a tuple of 16 (TILE,); no data moves."""
+    parts = (x,)
+    for level in tl.static_range(3):
+        halves = ()
+        for i in tl.static_range(2**level):
+            halves = halves + tl.split(tl.reshape(parts[i], (x.shape[0], 8 >> level, 2)))
+        parts = halves
+    columns = ()
+    for i in tl.static_range(8):
+        columns = columns + tl.split(parts[i])
+    # Split into evens and odds each time, the columns are in the order of their reversed bits.
+    ordered = ()
+    for i in tl.static_range(16):
+        ordered = ordered + (columns[(i & 1) * 8 + (i & 2) * 2 + (i & 4) // 2 + (i & 8) // 8],)
+    return ordered

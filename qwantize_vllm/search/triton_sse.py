@@ -1,19 +1,22 @@
 """Naive and optimal scale search in Triton: one launch from weights to packed codes and E4M3 scales.
 
-A program takes TILE blocks. With g the global scale, z = w/g, and value(q, s) = q*s:
+A thread takes one block. With g the global scale, z = |w/g|, and value(q, s) = q*s:
 
-    naive    s = snap(max|z| / 6)
-    optimal  s = argmin over all 126 E4M3 codes of  sum (z - value(nearest q, s))^2
+    naive    s = snap(max z / 6)
+    optimal  s = argmin over all 126 E4M3 codes of  E(s) = sum (z - value(nearest q, s))^2
 
-The optimal search starts at the naive code and walks up, then down, until a bound that can only
-grow has reached the best error of every block of the tile:
+The optimal search evaluates the eight codes from `first` on, the smallest code with 7*s >= max z,
+and then walks down. That is enough, and nobody needs to look at a bound on the way up:
 
-    up    sum z^2 over what rounds to zero    (it still rounds to zero at every larger scale)
-    down  (max|z| - 6 s)^2 where positive     (it is clipped harder at every smaller scale)
+    up    E(s) <= E(2s) where max z <= 7*s. The magnitudes {0, 1, 2, 3, 4, 6, 8, 12}*s of the scale
+          2s are, up to 6*s, among those of s, and nothing up to 7*s is nearer to 8*s than to 6*s.
+          Eight codes above a code is its double, so one octave holds an optimum. (Below code 16 only
+          even codes have a half; there every code up to 15 is evaluated.)
+    down  E(s) >= (max z - 6*s)^2 where that is clipped, and it is clipped harder at every smaller
+          scale: the walk ends where this has reached the best error of every block of the tile.
 
-Both are parts of the error itself, so no scale beyond them can win. The residual is one fused
-multiply-add of exact factors in units where g lies in [1, 2), see `reference.py` for why that
-keeps float32 within 1e-5 of float64.
+The residual is one fused multiply-add of exact factors in units where g lies in [1, 2), see
+`reference.py` for why that keeps float32 within 1e-5 of float64.
 """
 
 from __future__ import annotations
@@ -23,15 +26,28 @@ import triton
 import triton.language as tl
 
 from qwantize_vllm.search.triton_numbers import (
+    divide_by_six,
     e2m1_encode,
-    e2m1_round,
+    e2m1_round_small,
+    e4m3_ceil,
     e4m3_snap,
     e4m3_value,
-    pack_words,
     power_of_two_below,
+    quotient,
+    spread,
 )
+from qwantize_vllm.search.triton_tiles import launch_shape, load_blocks, store_blocks
 
-_TILE = 128  # blocks a program
+# (blocks, warps) of a program by the major version of the compute capability. A warp holds 32 blocks: it
+# leaves its loops when the last of them does. Regenerate with `python scripts/tune_search.py`.
+_LAUNCH_SHAPES = {9: (32, 1)}
+
+# Magnitudes are kept in units of g' * 2^30, so that 1/scale * 2^-126 and its parts are normal numbers.
+_2_POW_MINUS_30 = tl.constexpr(2.0**-30)
+_2_POW_30 = tl.constexpr(2.0**30)
+_2_POW_MINUS_96 = tl.constexpr(2.0**-96)
+_2_POW_96 = tl.constexpr(2.0**96)
+_SIX_SMALL = tl.constexpr(6 * 2.0**-126)
 
 
 def search_sse(
@@ -49,22 +65,26 @@ def search_sse(
         Packed codes uint8 (E, N, K/2) and E4M3 codes of the block scales uint8 (E, N, K/block_size).
     """
     e, n, k = weight.shape
-    blocks = weight.numel() // block_size
     codes = torch.empty(e, n, k // 8, dtype=torch.int32, device=weight.device)
     scales = torch.empty(e, n, k // block_size, dtype=torch.uint8, device=weight.device)
-    if blocks:
-        _search_sse_kernel[(triton.cdiv(blocks, _TILE),)](
+    blocks = n * (k // block_size)
+    if weight.numel():
+        tile, warps = launch_shape(_LAUNCH_SHAPES, weight.device, blocks)
+        tiles = triton.cdiv(blocks, tile)
+        _search_sse_kernel[(tiles * e,)](
             weight,
             global_scale,
             codes,
             scales,
             blocks,
-            n,
+            tiles,
             k // block_size,
             *weight.stride(),
             BLOCK_SIZE=block_size,
-            TILE=_TILE,
+            TILE=tile,
             OPTIMAL=optimal,
+            WHOLE=weight.stride(2) == 1 and (weight.stride(1) == k or n == 1),
+            num_warps=warps,
         )
     return codes.view(torch.uint8), scales
 
@@ -75,8 +95,8 @@ def _search_sse_kernel(
     global_scale_ptr,
     codes_ptr,
     scales_ptr,
-    num_blocks,
-    rows,
+    blocks,
+    tiles,
     blocks_per_row,
     stride_e,
     stride_n,
@@ -84,68 +104,79 @@ def _search_sse_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     OPTIMAL: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = block < num_blocks
-    row, column = block // blocks_per_row, block % blocks_per_row
-    element = tl.arange(0, BLOCK_SIZE)
-    start = (row // rows) * stride_e + (row % rows) * stride_n + column * (BLOCK_SIZE * stride_k)
-    offsets = start[:, None] + (element * stride_k)[None, :]
-    w = tl.load(weight_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
-    g = tl.load(global_scale_ptr + row // rows, mask=inside, other=1.0)
-    z = tl.abs(tl.math.div_rn(w, g[:, None]))
-    code = e4m3_snap(tl.math.div_rn(tl.max(z, axis=1), 6.0))
+    """blocks and tiles of one matrix; WHOLE: its rows follow each other without gaps."""
+    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    block = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
+    inside = block < blocks
+    if WHOLE:
+        start = block.to(tl.int64) * BLOCK_SIZE
+    else:
+        row, column = block // blocks_per_row, block % blocks_per_row
+        start = row.to(tl.int64) * stride_n + column.to(tl.int64) * (BLOCK_SIZE * stride_k)
+    w = load_blocks(weight_ptr + matrix * stride_e, start, stride_k, inside, BLOCK_SIZE)
+    unit, inverse = power_of_two_below(tl.load(global_scale_ptr + matrix))
+    magnitude = tl.abs(w * (inverse * _2_POW_MINUS_30))
+    unit = tl.full((TILE,), 0.0, tl.float32) + unit
+    unit_inverse = tl.math.div_rn(1.0, unit)
     if OPTIMAL:
-        code = _walk(w, g, code)
-    quants = e2m1_encode(w, z, e4m3_value(code)[:, None])
-    words = pack_words(quants, TILE, BLOCK_SIZE)
-    word = tl.arange(0, BLOCK_SIZE // 8)
-    tl.store(codes_ptr + block[:, None] * (BLOCK_SIZE // 8) + word[None, :], words, mask=inside[:, None])
-    tl.store(scales_ptr + block, code.to(tl.uint8), mask=inside)
+        code = _search(magnitude, unit, unit_inverse)
+    else:
+        code = e4m3_snap(divide_by_six(quotient(tl.max(magnitude, axis=1), unit, unit_inverse) * _2_POW_30))
+    z = quotient(magnitude, spread(unit, magnitude), spread(unit_inverse, magnitude))
+    quants = e2m1_encode(w, z, spread(e4m3_value(code) * _2_POW_MINUS_30, z))
+    store_blocks(codes_ptr, scales_ptr, matrix * blocks + block, inside, quants, code)
 
 
 @triton.jit
-def _walk(w, g, start):
-    """E4M3 code of the least squared error; w (TILE, BLOCK_SIZE), g and start (TILE,)."""
-    unit, inverse = power_of_two_below(g)
-    magnitude = tl.abs(w * inverse[:, None])
-    best = start
-    best_error, zeroed = _error(magnitude, unit, start)
-    code = start
-    going = (zeroed < best_error) & (code < 126)
-    while tl.max(going.to(tl.int32), axis=0) > 0:
-        code = tl.where(going, code + 1, code)
-        error, zeroed = _error(magnitude, unit, code)
-        better = going & (error < best_error)
-        best_error = tl.where(better, error, best_error)
-        best = tl.where(better, code, best)
-        going = going & (zeroed < best_error) & (code < 126)
+def _search(magnitude, unit, unit_inverse):
+    """E4M3 code (TILE,) of the least squared error; magnitude (TILE, BLOCK_SIZE), unit and its inverse (TILE,)."""
     amax = tl.max(magnitude, axis=1)
-    code = start - 1
-    going = (code >= 1) & (_clipped(amax, unit, code) < best_error)
+    first = e4m3_ceil(amax * unit_inverse * _2_POW_30 * 0.14285715)
+    # Only where not even the largest scale reaches amax does the first code clip.
+    best, best_error = first, _error(magnitude, unit, first, CLIPS=True)
+    code = first + 1
+    for _ in tl.static_range(7):
+        best, best_error = _better(magnitude, unit, code, code <= 126, best, best_error, CLIPS=False)
+        code += 1
+    while tl.min(code, axis=0) < 16:
+        best, best_error = _better(magnitude, unit, code, code < 16, best, best_error, CLIPS=False)
+        code += 1
+    code = tl.maximum(first - 1, 1)
+    going = (first > 1) & (_clipped(amax, unit, code) < best_error)
     while tl.max(going.to(tl.int32), axis=0) > 0:
-        error, _ = _error(magnitude, unit, tl.maximum(code, 1))
-        better = going & (error < best_error)
-        best_error = tl.where(better, error, best_error)
-        best = tl.where(better, code, best)
-        code = tl.where(going, code - 1, code)
-        going = going & (code >= 1) & (_clipped(amax, unit, code) < best_error)
+        best, best_error = _better(magnitude, unit, code, going, best, best_error, CLIPS=True)
+        going = going & (code > 1)
+        code = tl.maximum(code - 1, 1)
+        going = going & (_clipped(amax, unit, code) < best_error)
     return best
 
 
 @triton.jit
-def _error(magnitude, unit, code):
-    """(squared error, energy of what rounds to zero) of each block at its scale code, both (TILE,)."""
+def _better(magnitude, unit, code, valid, best, best_error, CLIPS: tl.constexpr):
+    error = _error(magnitude, unit, code, CLIPS)
+    better = valid & (error < best_error)
+    return tl.where(better, code, best), tl.where(better, error, best_error)
+
+
+@triton.jit
+def _error(magnitude, unit, code, CLIPS: tl.constexpr):
+    """Squared error (TILE,) of each block at its scale code; CLIPS: magnitudes may exceed 7 scales.
+
+    1/(scale*unit) may be off in its last places: a magnitude so near a midpoint is as good on either side.
+    """
     scale = e4m3_value(code)
-    inverse = 1.0 / (scale * unit)
-    value = e2m1_round(magnitude * inverse[:, None])
-    residual = tl.fma(-(value * scale[:, None]), tl.broadcast_to(unit[:, None], value.shape), magnitude)
-    zeroed = tl.where(value == 0.0, magnitude * magnitude, 0.0)
-    return tl.sum(residual * residual, axis=1), tl.sum(zeroed, axis=1)
+    y = magnitude * spread((1.0 / (scale * unit)) * _2_POW_MINUS_96, magnitude)
+    if CLIPS:
+        y = tl.minimum(y, _SIX_SMALL)
+    value = e2m1_round_small(y) * spread(scale * _2_POW_96, magnitude)
+    residual = tl.fma(value, spread(-unit, magnitude), magnitude)
+    return tl.sum(residual * residual, axis=1)
 
 
 @triton.jit
 def _clipped(amax, unit, code):
-    """Squared clipping error of the largest element at a scale code (codes below 1 give that of code 1)."""
-    excess = tl.maximum(amax - 6.0 * e4m3_value(tl.maximum(code, 1)) * unit, 0.0)
+    """Squared clipping error of the largest element at a scale code."""
+    excess = tl.maximum(amax - e4m3_value(code) * unit * 6.0 * _2_POW_MINUS_30, 0.0)
     return excess * excess

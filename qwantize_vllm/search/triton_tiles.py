@@ -1,0 +1,63 @@
+"""How the search kernels read weights and write results.
+
+A thread holds whole blocks, so that a sum over a block needs no other thread.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# One program of the interpreter costs as much as thousands of blocks in NumPy.
+_INTERPRETER_TILE = 4096
+_DEFAULT = 9
+
+
+def launch_shape(shapes: dict[int, tuple[int, int]], device: torch.device, blocks: int) -> tuple[int, int]:
+    """(blocks, warps) of a program on a device, from a kernel's table by compute capability.
+
+    blocks: how many there are at most, which is all that the interpreter needs.
+
+    A device that the table does not have takes the shape of Hopper, the only one that was measured.
+    """
+    if device.type == "cpu":
+        return min(_INTERPRETER_TILE, triton.next_power_of_2(blocks)), 1
+    major, _ = torch.cuda.get_device_capability(device)
+    return shapes.get(major, shapes[_DEFAULT])
+
+
+@triton.jit
+def load_blocks(weight_ptr, start, stride_k, inside, BLOCK_SIZE: tl.constexpr):
+    """Blocks that begin at the offsets start (TILE,), float32 (TILE, BLOCK_SIZE).
+
+    The order within a block is what store_blocks undoes: element 8*j + i is at i*BLOCK_SIZE/8 + j. Read as
+    one row a block, half of it would belong to another thread, for a load fetches no more than 16 bytes.
+    """
+    if BLOCK_SIZE == 16:
+        parts = _load_2x8(weight_ptr, start, 0, 1, stride_k, inside)
+    else:
+        even = _load_2x8(weight_ptr, start, 0, 2, stride_k, inside)
+        odd = _load_2x8(weight_ptr, start, 1, 3, stride_k, inside)
+        parts = tl.join(even, odd)
+    return tl.reshape(parts, (start.shape[0], BLOCK_SIZE)).to(tl.float32)
+
+
+@triton.jit
+def _load_2x8(weight_ptr, start, j: tl.constexpr, k: tl.constexpr, stride_k, inside):
+    """Elements 8*j + i and 8*k + i of each block, (TILE, 8, 2)."""
+    pointers = weight_ptr + start[:, None] + (tl.arange(0, 8) * stride_k)[None, :]
+    left = tl.load(pointers + j * 8 * stride_k, mask=inside[:, None], other=0.0)
+    right = tl.load(pointers + k * 8 * stride_k, mask=inside[:, None], other=0.0)
+    return tl.join(left, right)
+
+
+@triton.jit
+def store_blocks(codes_ptr, scales_ptr, block, inside, quants, scale_code):
+    """4-bit codes (TILE, BLOCK_SIZE) in the order of load_blocks, packed, and E4M3 codes (TILE,), to blocks (TILE,)."""
+    words: tl.constexpr = quants.shape[1] // 8
+    columns = tl.reshape(quants, (quants.shape[0], 8, words))
+    packed = tl.sum(columns << (4 * tl.arange(0, 8))[None, :, None], axis=1)
+    offsets = block[:, None] * words + tl.arange(0, words)[None, :]
+    tl.store(codes_ptr + offsets, packed, mask=inside[:, None])
+    tl.store(scales_ptr + block, scale_code.to(tl.uint8), mask=inside)
