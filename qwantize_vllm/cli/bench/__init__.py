@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from qwantize_vllm.cli.bench.quantize import bench_quantize
 from qwantize_vllm.cli.bench.serve import bench_serve
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 app.command("serve")(bench_serve)
-
-
-@app.callback()
-def bench() -> None:
-    """Measurements that anyone can repeat."""
+app.command("quantize")(bench_quantize)
