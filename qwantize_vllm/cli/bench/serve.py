@@ -1,4 +1,4 @@
-"""`qwantize bench`: measurements that anyone can repeat."""
+"""`qwantize bench serve`: how fast vLLM serves a quantized model."""
 
 from __future__ import annotations
 
@@ -11,16 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
+_METHODS = {"bf16": None, "qwantize": "qwantize"}
 
 
-@app.callback()
-def bench() -> None:
-    """Measurements that anyone can repeat."""
-
-
-@app.command()
-def serve(
+def bench_serve(
     shape: Annotated[
         str, typer.Option(help="Shape of the model, its weights random: llama-3-8b or tiny.")
     ] = "llama-3-8b",
@@ -50,6 +44,3 @@ def serve(
     Console().print(table)
     if out:
         out.write_text(json.dumps({"shape": shape, "loads": [vars(load) for load in loads], "seconds": seconds}) + "\n")
-
-
-_METHODS = {"bf16": None, "qwantize": "qwantize"}

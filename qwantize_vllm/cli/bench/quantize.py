@@ -1,0 +1,137 @@
+"""`qwantize bench quantize`: how fast weights are quantized, and whether they come out exactly."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated, TypeVar, get_args
+
+import torch
+import typer
+from rich.console import Console
+
+from qwantize_vllm.cli.bench import report
+from qwantize_vllm.cli.bench.measure import Plan, Results, measure
+from qwantize_vllm.cli.bench.peers import PEERS
+from qwantize_vllm.cli.bench.plot import plot
+from qwantize_vllm.cli.bench.shapes import MODELS, SMALL, choose_layers
+from qwantize_vllm.format import FLOAT_DTYPES, check_block_size
+from qwantize_vllm.search.quantize import GlobalScale, ScaleSearch
+
+_SEARCHES: tuple[ScaleSearch, ...] = get_args(ScaleSearch)
+_GLOBAL_SCALES: tuple[GlobalScale, ...] = get_args(GlobalScale)
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+
+_T = TypeVar("_T", bound=str)
+
+
+def bench_quantize(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Layers of a model: {', '.join(MODELS)}. Repeat it. Default on a GPU: all."),
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="A weight NxK, or ExNxK (experts), such as 2560x9728. Repeat it.")
+    ] = None,
+    search: Annotated[
+        list[str] | None, typer.Option(help="naive, optimal or hessian; repeat it. Default: all three.")
+    ] = None,
+    block_size: Annotated[int, typer.Option(help="16 or 32.")] = 16,
+    global_scale: Annotated[str, typer.Option(help="amax or none.")] = "amax",
+    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(_DTYPES)}.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu. Default: the GPU if there is one.")] = None,
+    check_blocks: Annotated[
+        int, typer.Option(min=1, help="Blocks of each weight that are checked by float64 brute force.")
+    ] = 4096,
+    out: Annotated[Path, typer.Option(help="Directory for quantize.json and quantize.png.")] = Path("bench-results"),
+) -> None:
+    """Milliseconds, GB/s and fraction of a copy's bandwidth of every search, checked in the same run.
+
+    Ends with exit code 1 if a sampled block is not what its search promises.
+    """
+    console = Console(markup=False)  # messages of peers may hold brackets
+    plan = _plan(model or [], shape or [], search or [], block_size, global_scale, dtype, device, check_blocks)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"--out: {error}") from error
+    _announce(plan, console)
+    with torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext():
+        results = measure(plan)
+    report.show(plan, results, console)
+    _write(plan, results, out, console)
+    if results.failures:
+        raise typer.Exit(1)
+
+
+def _plan(
+    models: list[str],
+    shapes: list[str],
+    searches: list[str],
+    block_size: int,
+    global_scale: str,
+    dtype: str,
+    device: str | None,
+    check_blocks: int,
+) -> Plan:
+    """The options, checked, with the defaults of the device."""
+    try:
+        check_block_size(block_size)
+        on = _device(device)
+        if not (models or shapes):
+            models, shapes = (list(MODELS), []) if on.type == "cuda" else ([], [SMALL])
+        return Plan(
+            layers=choose_layers(models, shapes, block_size),
+            searches=[_one_of("--search", search, _SEARCHES) for search in dict.fromkeys(searches)] or list(_SEARCHES),
+            peers=[peer for peer in PEERS if peer.importable],
+            block_size=block_size,
+            global_scale=_one_of("--global-scale", global_scale, _GLOBAL_SCALES),
+            dtype=_DTYPES[_one_of("--dtype", dtype, tuple(_DTYPES))],
+            device=on,
+            check_blocks=check_blocks,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _one_of(option: str, value: str, allowed: tuple[_T, ...]) -> _T:
+    for each in allowed:
+        if each == value:
+            return each
+    raise ValueError(f"{option} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device must be cuda or cpu, got {name!r}")
+    return device
+
+
+def _announce(plan: Plan, console: Console) -> None:
+    """What the figures will not say by themselves."""
+    if plan.device.type == "cpu":
+        console.print(
+            "On a CPU it is the PyTorch reference that is timed, not the Triton kernels; "
+            f"without --model and --shape it gets one small weight, {SMALL}."
+        )
+    for peer in PEERS:
+        if peer not in plan.peers:
+            console.print(f"{peer.package} is not installed, so not compared: pip install {peer.package}")
+
+
+def _write(plan: Plan, results: Results, out: Path, console: Console) -> None:
+    report.write_json(out / "quantize.json", plan, results)
+    title = f"{report.device_name(plan.device)}: a copy reaches {results.copy / 1e9:.0f} GB/s"
+    try:
+        plot(out / "quantize.png", results.rows, title)
+    except ImportError as error:
+        console.print(f"wrote {out / 'quantize.json'}; no plot: {error} (pip install matplotlib)")
+    else:
+        console.print(f"wrote {out / 'quantize.json'} and {out / 'quantize.png'}")
