@@ -149,6 +149,7 @@ def run_all(runs: list[Run], options: Options, out: Path | None) -> list[dict[st
         tally = try_search(run, options)
         rows.append({**dataclasses.asdict(run), **dataclasses.asdict(tally)})
         line = f"{run}: {tally.blocks:,} blocks, {tally.failures} failures, worst {tally.worst:.3g} of the tolerance"
+        line += f", {tally.beyond_float32} beyond float32" if tally.failures else ""
         tqdm.write(line + (f"; qwantize better on {tally.peer_better}" if tally.peer_blocks else ""))
         if out is not None:
             machine = {"torch": torch.__version__, "device": f"{options.device} {name}".strip()}
@@ -170,10 +171,13 @@ def as_table(rows: list[dict[str, Any]], options: Options) -> Table:
         if row["peer_blocks"]:
             by_ties = f" (+{row['peer_better_by_ties']:,} by ties)" if row["peer_better_by_ties"] else ""
             peer = (f"{row['peer_worse']:,} of {row['peer_blocks']:,}", f"{row['peer_better']:,}{by_ties}")
+        failures = f"{row['failures']:,}"
+        if row["search"] == "hessian" and row["failures"]:
+            failures += f" ({row['beyond_float32']:,} beyond float32)"
         table.add_row(
             *(str(row[key]) for key in ("kind", "block_size", "global_scale", "search", "backend")),
             f"{row['blocks']:,}",
-            f"{row['failures']:,}",
+            failures,
             f"{row['worst']:.2e}",
             f"{row['naive_optimal'] / row['blocks']:.1%}",
             *peer,

@@ -77,12 +77,12 @@ class Measure:
             return residual.square().sum(dim=1)
         return torch.bmm(self.hessian, residual).mul_(residual).sum(dim=1)
 
-    def tolerance(self, least: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """By how much an error may exceed the least one."""
+    def tolerance(self, least: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
+        """By how much an error may exceed the least one; energy is |r|^2. All (columns, rows)."""
         if self.hessian is None:
             return SSE_TOLERANCE * least
         trace = self.hessian.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-        return HESSIAN_TOLERANCE * least.abs() + HESSIAN_FLOOR * trace[:, None] * residual.square().sum(dim=1)
+        return HESSIAN_TOLERANCE * least + HESSIAN_FLOOR * trace[:, None] * energy
 
 
 def measure_by(hessian: torch.Tensor | None) -> Measure:
@@ -94,10 +94,17 @@ def measure_by(hessian: torch.Tensor | None) -> Measure:
     return Measure(torch.where(zero[:, None, None], identity, hessian.double()))
 
 
-def least_error(blocks: Blocks, measure: Measure) -> torch.Tensor:
-    """(columns, rows): the least error over all scales, by trying each."""
-    scales = blocks.scales_that_differ()
-    least = measure.error(blocks.residual(scales[0]))
-    for scale in scales[1:]:
-        least = torch.minimum(least, measure.error(blocks.residual(scale)))
-    return least
+def least_error(blocks: Blocks, measure: Measure) -> tuple[torch.Tensor, torch.Tensor]:
+    """(columns, rows): the least error over all scales, by trying each; and |r|^2 where it is reached.
+
+    At least 0: rounded to float32, H = sum of x x' need not be positive semidefinite any more, and where x'r is all but
+    0 rounding may make of it something below; but no error is.
+    """
+    least = energy = torch.tensor(torch.inf, dtype=torch.float64, device=blocks.exact.device)
+    for scale in blocks.scales_that_differ():
+        residual = blocks.residual(scale)
+        error = measure.error(residual).clamp_(min=0)
+        if measure.hessian is not None:
+            energy = torch.where(error < least, residual.square_().sum(dim=1), energy)
+        least = torch.minimum(least, error)
+    return least, least if measure.hessian is None else energy

@@ -25,13 +25,15 @@ class Tally:
     Attributes:
         blocks: judged.
         failures: exceed the tolerance, have codes that are not the nearest, or count under peer_better.
+        beyond_float32: exceed the least error even by the tolerance with the larger |r|^2 of the two scales, ours and
+            the best: more than evaluating r'Hr in float32 explains. For the squared error the same as exceeding it.
         wrong_codes: have codes that are not the nearest ones at their scale, ties to even.
         worst: the largest excess over the least error, as a fraction of the tolerance.
         naive_optimal: snap(amax/6) reaches the least error.
         peer_blocks: compared with the peer.
         peer_worse: its error is larger beyond float64 rounding; peer_nan of them are NaN or infinite.
         peer_better: its error is smaller by more than the tolerance; has to be 0.
-        peer_better_strictly: its error is smaller beyond float64 rounding.
+        peer_better_strictly: its error is smaller beyond float64 rounding, at codes that are the format's.
         peer_better_by_ties: smaller by more than the tolerance, with codes that the format does not have there: the
             peer rounds ties down, the format to even, and r'Hr can profit from either. Not in peer_better.
         worst_by_hessian: worst, for each kind of Hessian.
@@ -39,6 +41,7 @@ class Tally:
 
     blocks: int = 0
     failures: int = 0
+    beyond_float32: int = 0
     wrong_codes: int = 0
     worst: float = 0.0
     naive_optimal: int = 0
@@ -90,6 +93,7 @@ class _Chunk:
     least: torch.Tensor
     got: torch.Tensor
     allowed: torch.Tensor  # by which got may exceed least
+    allowed_float32: torch.Tensor  # the same with the larger |r|^2 of the two
 
 
 def judge(
@@ -114,7 +118,7 @@ def judge(
         ask_peer = peer is not None and tally.peer_blocks <= peer_share * tally.blocks
         failed = _judge_search(chunk, tally, result.hessian_kinds)
         at_naive = measure.error(blocks.residual(_columns_first(naive[part])))
-        tally.naive_optimal += int((at_naive <= chunk.least + ROUNDING * chunk.least.abs()).sum())
+        tally.naive_optimal += int((at_naive <= chunk.least + ROUNDING * chunk.least).sum())
         if peer is not None and ask_peer:
             peer_scale, dequantized = (_columns_first(x) for x in peer(z32, result.activations))
             failed |= _judge_peer(chunk, tally, measure, peer_scale, dequantized)
@@ -128,8 +132,12 @@ def _columns_first(x: torch.Tensor) -> torch.Tensor:
 
 
 def _evaluate(blocks: Blocks, code_values: torch.Tensor, scale: torch.Tensor, measure: Measure) -> _Chunk:
-    least, residual = least_error(blocks, measure), blocks.exact - code_values * scale
-    return _Chunk(blocks, code_values, scale, least, measure.error(residual), measure.tolerance(least, residual))
+    residual = blocks.exact - code_values * scale
+    energy, got = residual.square().sum(dim=1), measure.error(residual)
+    least, energy_at_least = least_error(blocks, measure)
+    allowed = measure.tolerance(least, energy)
+    allowed_float32 = measure.tolerance(least, torch.maximum(energy, energy_at_least))
+    return _Chunk(blocks, code_values, scale, least, got, allowed, allowed_float32)
 
 
 def _judge_search(chunk: _Chunk, tally: Tally, hessian_kinds: tuple[str, ...]) -> torch.Tensor:
@@ -140,6 +148,7 @@ def _judge_search(chunk: _Chunk, tally: Tally, hessian_kinds: tuple[str, ...]) -
     excess = chunk.got - chunk.least
     fraction = torch.where(excess <= 0, 0.0, excess / chunk.allowed).nan_to_num(nan=torch.inf)
     tally.blocks += excess.numel()
+    tally.beyond_float32 += int((excess > chunk.allowed_float32).sum())
     tally.wrong_codes += int(wrong.sum())
     tally.worst = max(tally.worst, float(fraction.max()))
     for kind, worst in zip(hessian_kinds, fraction.amax(dim=1).tolist(), strict=False):
@@ -160,6 +169,6 @@ def _judge_peer(
     tally.peer_worse += int((error > chunk.got + rounding).sum())
     tally.peer_nan += int(error.isinf().sum())
     tally.peer_better += int((better & same_codes).sum())
-    tally.peer_better_strictly += int((error < chunk.got - rounding).sum())
+    tally.peer_better_strictly += int(((error < chunk.got - rounding) & same_codes).sum())
     tally.peer_better_by_ties += int((better & ~same_codes).sum())
     return better & same_codes

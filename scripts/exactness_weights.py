@@ -92,7 +92,10 @@ def _draw(kind: str, rows: int, block_size: int, generator: torch.Generator) -> 
 
 
 def _activations(kind: str, block_size: int, generator: torch.Generator) -> torch.Tensor:
-    """float32 (tokens, block) whose X'X is a Hessian of the kind."""
+    """float32 (tokens, block) whose X'X is a Hessian of the kind.
+
+    In values of bfloat16, as a model's are: a product of two is exact in float32, so that a Hessian of one token is.
+    """
     device = generator.device
     x = torch.randn(_TOKENS, block_size, generator=generator, device=device)
     if kind == "correlated":
@@ -118,7 +121,7 @@ def _activations(kind: str, block_size: int, generator: torch.Generator) -> torc
         x *= 1e-10
     elif kind != "white":
         raise ValueError(f"kind must be one of {HESSIAN_KINDS}, got {kind!r}")
-    return x
+    return x.to(torch.bfloat16).float()
 
 
 def layer_cases(
