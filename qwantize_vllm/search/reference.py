@@ -22,6 +22,7 @@ from qwantize_vllm.format import E2M1_MAX, E4M3_CODES, e4m3_values, pack_codes
 
 # Blocks searched at once: their float32 copies stay in a core's cache.
 _CHUNK_BLOCKS = 8192
+_OCTAVE = 8  # E4M3 codes from a scale to its double
 
 
 def search_reference(
@@ -99,6 +100,10 @@ class _Errors:
         nearest = _round_magnitudes(y.clamp_(max=E2M1_MAX)).mul_(scale)
         return (magnitude - nearest * self.head).sub_(nearest * self.tail), nearest
 
+    def exact_residual(self, magnitude: torch.Tensor, nearest: torch.Tensor) -> torch.Tensor:
+        """The residual in float64."""
+        return magnitude.double() - nearest.double() * self.g.double()
+
 
 def _round_magnitudes(y: torch.Tensor) -> torch.Tensor:
     """y in [0, 6] to the nearest E2M1 magnitude, ties to the even code; y is overwritten.
@@ -113,116 +118,173 @@ def _round_magnitudes(y: torch.Tensor) -> torch.Tensor:
 def _search_sse(blocks: torch.Tensor, global_scale: torch.Tensor, optimal: bool) -> torch.Tensor:
     """E4M3 code (int64, (blocks,)) by snap(amax/6), or of the least squared error over all 126.
 
-    Starts at snap(amax/6) and walks one code at a time, up and then down. Both stops are proofs:
-    upwards, what rounds to zero at a scale rounds to zero at every larger one, so the energy lost
-    that way only grows, and once it reaches the best error no larger scale can win; downwards, the
-    same holds for the clipping error of the largest element.
+    Tries the eight codes from the smallest with 7*scale >= amax on: from there on, eight codes higher is twice the
+    scale, every magnitude of which, up to 6 scales, the scale itself has too. (Below code 16 only even codes have a
+    half, so there all codes up to 15 are tried.) Then walks down while the clipping error of the largest element,
+    which only grows, is below the best error.
     """
-    start = snap_to_e4m3((blocks / global_scale).abs_().amax(dim=0) / E2M1_MAX)
+    z_amax = (blocks / global_scale).abs_().amax(dim=0)
     if not optimal:
-        return start
+        return snap_to_e4m3(z_amax / E2M1_MAX)
     errors = _Errors(blocks, global_scale)
     magnitude = errors.signed.abs()
-    residual, nearest = errors.residual(magnitude, errors.values[start - 1])
-    best_error, best = residual.square_().sum(dim=0), start.clone()
-    zeroed = (magnitude.square() * (nearest == 0)).sum(dim=0)
-    _walk_up(errors, magnitude, start, zeroed, best, best_error)
-    _walk_down(errors, magnitude, start, best, best_error)
+    first = _first_codes(z_amax)
+    best, best_error = first.clone(), torch.full_like(magnitude[0], torch.inf)
+    for step in range(_OCTAVE):
+        # Beyond the last code it is tried again.
+        _keep_better(errors, magnitude, (first + step).clamp(max=E4M3_CODES), None, best, best_error)
+    for step in range(_OCTAVE, 2 * _OCTAVE - 1):
+        small = torch.nonzero(first + step < 2 * _OCTAVE).flatten()
+        if small.numel():
+            _keep_better(errors, magnitude[:, small], first[small] + step, small, best, best_error)
+    _walk_down(errors, magnitude, first, best, best_error)
     return best
 
 
-def _walk_up(
-    errors: _Errors,
-    magnitude: torch.Tensor,
-    start: torch.Tensor,
-    zeroed: torch.Tensor,
-    best: torch.Tensor,
-    best_error: torch.Tensor,
-) -> None:
-    """Lower best_error and best in place with the scales above start."""
-    going = torch.nonzero((zeroed < best_error) & (start < E4M3_CODES)).flatten()
-    code = start
-    magnitude, code = magnitude[:, going], code[going]
-    while going.numel():
-        code = code + 1
-        residual, nearest = errors.residual(magnitude, errors.values[code - 1])
-        zeroed = (magnitude.square() * (nearest == 0)).sum(dim=0)
-        limit = _keep_better(residual, code, going, best, best_error)
-        keep = torch.nonzero((zeroed < limit) & (code < E4M3_CODES)).flatten()
-        magnitude, code, going = magnitude[:, keep], code[keep], going[keep]
+def _first_codes(z_amax: torch.Tensor) -> torch.Tensor:
+    """Smallest E4M3 code (int64) whose value is at least z_amax/7, or the largest; z_amax float32, any shape."""
+    code = torch.bucketize(z_amax, 7 * e4m3_values(z_amax.device)) + 1
+    return code.clamp(max=E4M3_CODES)
 
 
 def _walk_down(
-    errors: _Errors, magnitude: torch.Tensor, start: torch.Tensor, best: torch.Tensor, best_error: torch.Tensor
+    errors: _Errors, magnitude: torch.Tensor, first: torch.Tensor, best: torch.Tensor, best_error: torch.Tensor
 ) -> None:
-    """Lower best_error and best in place with the scales below start."""
-    going = torch.arange(start.numel(), device=start.device)
-    amax, code = magnitude.amax(dim=0), start
-    limit = best_error
-    while True:
+    """Lower best_error and best in place with the scales below first."""
+    going = torch.arange(first.numel(), device=first.device)
+    amax, code = magnitude.amax(dim=0), first
+    while going.numel():
         code = code - 1
         clipped = amax - E2M1_MAX * errors.values[code.clamp(min=1) - 1] * errors.g
-        keep = torch.nonzero((code >= 1) & (clipped.clamp_(min=0).square_() < limit)).flatten()
-        if not keep.numel():
-            return
+        keep = torch.nonzero((code >= 1) & (clipped.clamp_(min=0).square_() < best_error[going])).flatten()
         magnitude, amax, code, going = magnitude[:, keep], amax[keep], code[keep], going[keep]
-        residual, _ = errors.residual(magnitude, errors.values[code - 1])
-        limit = _keep_better(residual, code, going, best, best_error)
+        _keep_better(errors, magnitude, code, going, best, best_error)
 
 
 def _keep_better(
-    residual: torch.Tensor, code: torch.Tensor, where: torch.Tensor, best: torch.Tensor, best_error: torch.Tensor
-) -> torch.Tensor:
-    """Enter the squared error of residual into best and best_error at where; returns the best so far there."""
-    error, known = residual.square_().sum(dim=0), best_error[where]
+    errors: _Errors,
+    magnitude: torch.Tensor,
+    code: torch.Tensor,
+    where: torch.Tensor | None,
+    best: torch.Tensor,
+    best_error: torch.Tensor,
+) -> None:
+    """Enter the squared errors of magnitudes at scale codes into best and best_error, at the indices where or all."""
+    residual, _ = errors.residual(magnitude, errors.values[code - 1])
+    error = residual.square_().sum(dim=0)
+    known, known_best = (best_error, best) if where is None else (best_error[where], best[where])
     better = error < known
-    best[where] = torch.where(better, code, best[where])
-    limit = torch.minimum(error, known)
-    best_error[where] = limit
-    return limit
+    error, chosen = torch.where(better, error, known), torch.where(better, code, known_best)
+    if where is None:
+        best_error.copy_(error), best.copy_(chosen)
+    else:
+        best_error[where], best[where] = error, chosen
 
 
 def _search_hessian(
     weight: torch.Tensor, block_size: int, global_scale: torch.Tensor, hessian: torch.Tensor
 ) -> torch.Tensor:
-    """E4M3 codes uint8 (N, K/block_size) of the least r'Hr, by trying every code that differs."""
+    """E4M3 codes uint8 (N, K/block_size) of the least r'Hr."""
     n, k = weight.shape
     scales = torch.empty(n, k // block_size, dtype=torch.uint8, device=weight.device)
     columns = weight.view(n, -1, block_size) if weight.is_contiguous() else weight.reshape(n, -1, block_size)
-    unit = normalize_hessian(hessian)
+    form = normalize_hessian(hessian)
+    bound = diagonal_bound(form)
+    singular = bound.amax(dim=-1) == 0
     step = max(1, _CHUNK_BLOCKS // max(n, 1))
-    for j in range(0, k // block_size, step):
-        for row in range(0, n, _CHUNK_BLOCKS):
-            part = (slice(row, row + _CHUNK_BLOCKS), slice(j, j + step))
-            blocks = columns[part].float().permute(1, 2, 0).contiguous()
-            scales[part] = _sweep(blocks, global_scale, unit[j : j + step]).t().to(torch.uint8)
+    for group in (torch.nonzero(singular).flatten(), torch.nonzero(~singular).flatten()):
+        for j in group.split(step):
+            for row in range(0, n, _CHUNK_BLOCKS):
+                part = slice(row, row + _CHUNK_BLOCKS)
+                blocks = columns[part, j].float().permute(1, 2, 0).contiguous()
+                chosen = _QuadraticSearch(blocks, global_scale, form[j], bound[j]).run()
+                scales[part, j] = chosen.t().to(torch.uint8)
     return scales
 
 
 def normalize_hessian(hessian: torch.Tensor) -> torch.Tensor:
-    """Each block Hessian over its largest diagonal entry, the identity where that is zero; errors keep their order."""
-    peak = hessian.diagonal(dim1=-2, dim2=-1).amax(dim=-1)[..., None, None]
+    """Each block Hessian times a power of two that brings its largest diagonal entry to [1/2, 1); the identity where
+    that is zero. Exact, but for entries that underflow; errors keep their order."""
+    peak = hessian.diagonal(dim1=-2, dim2=-1).amax(dim=-1)[..., None, None].double()
+    _, exponent = torch.frexp(peak)
     identity = torch.eye(hessian.shape[-1], device=hessian.device)
-    return torch.where(peak > 0, hessian / torch.where(peak > 0, peak, 1.0), identity)
+    scaled = hessian.double() * torch.ldexp(torch.ones_like(peak), -exponent)
+    return torch.where(peak > 0, scaled.float(), identity)
 
 
-def _sweep(blocks: torch.Tensor, global_scale: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """E4M3 code (int64, (J, rows)) of the least r'Hr; blocks (J, block, rows), hessian (J, block, block).
-
-    r is the signed residual in units of g. Codes above the first one at which every block rounds
-    to zero all give the same error, so the sweep ends there.
+def diagonal_bound(hessian: torch.Tensor) -> torch.Tensor:
+    """d >= 0, float32 (J, block), with r'Hr >= sum d_i r_i^2 for every r: the diagonal times the least eigenvalue of
+    the H with unit diagonal. 0 where that is below 1/64: H is nearly singular, or not positive semidefinite.
     """
-    errors = _Errors(blocks, global_scale)
-    magnitude, sign = errors.signed.abs(), errors.signed.sign()
-    z = (blocks / global_scale).abs_()
-    last = min(int(snap_to_e4m3(z.amax() * 4.0)) + 1, E4M3_CODES)
-    best = torch.ones_like(blocks[:, 0], dtype=torch.long)
-    best_error = torch.full_like(blocks[:, 0], torch.inf)
-    for code in range(1, last + 1):
-        scale = errors.values[code - 1]
-        residual, _ = errors.residual(magnitude, scale, z / scale)
-        residual *= sign
-        error = (residual * torch.bmm(hessian, residual)).sum(dim=1)
-        best.masked_fill_(error < best_error, code)
-        best_error = torch.minimum(error, best_error)
-    return best
+    h = hessian.double()
+    h = (h + h.mT) / 2
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    root = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+    correlation = h * root[..., None] * root[..., None, :]
+    # A zero on the diagonal of a positive semidefinite H has zeros beside it, and its r_i does not count.
+    dead = diagonal <= 0
+    sound = ~(dead[..., None] & (h != 0)).flatten(-2).any(dim=-1)
+    correlation.diagonal(dim1=-2, dim2=-1).masked_fill_(dead, 1.0)
+    least = torch.linalg.eigvalsh(correlation)[..., 0]
+    # The factor leaves room for the rounding of the eigenvalues, and for float32 in what is bounded.
+    least = torch.where(sound & (least >= 1 / 64), 0.999 * least, 0.0)
+    return (least[..., None] * diagonal).float()
+
+
+class _QuadraticSearch:
+    """The search for the least r'Hr of blocks (J, block, rows), with H (J, block, block) and its bound (J, block).
+
+    Starts at the smallest scale with 7*scale >= amax and walks up, then down. With d the bound, up ends where
+    sum d_i r_i^2 over the |z_i| < scale/2 reaches the best error (r_i is the distance to 0 or to scale/2, whichever
+    is less, and scale/2 only moves away), or where all rounds to zero; down ends where sum d_i (|z_i| - 6*scale)^2
+    over what is clipped does. If all bounds are 0, all codes are tried, in float64: r'Hr may be left of a cancellation.
+    """
+
+    def __init__(
+        self, blocks: torch.Tensor, global_scale: torch.Tensor, hessian: torch.Tensor, bound: torch.Tensor
+    ) -> None:
+        self.errors = _Errors(blocks, global_scale)
+        self.magnitude, self.sign = self.errors.signed.abs(), self.errors.signed.sign()
+        self.z = (blocks / global_scale).abs_()
+        self.bound = bound[..., None]
+        self.dtype = torch.float32 if bool(bound.any()) else torch.float64
+        self.hessian = hessian.to(self.dtype)
+        self.best = torch.ones_like(blocks[:, 0], dtype=torch.long)
+        self.best_error = torch.full_like(blocks[:, 0], torch.inf, dtype=self.dtype)
+
+    def run(self) -> torch.Tensor:
+        """E4M3 codes (int64, (J, rows))."""
+        z_amax = self.z.amax(dim=1)
+        first = _first_codes(z_amax)
+        code, going = first, torch.ones_like(first, dtype=torch.bool)
+        while bool(going.any()):
+            residual, y = self._try(code.clamp(max=E4M3_CODES), going)
+            lost = (self.bound * residual.square_()).mul_(y < 0.5).sum(dim=1)
+            going &= (lost < self.best_error) & (code < E4M3_CODES)
+            going &= z_amax > 0.25 * self._scale(code.clamp(max=E4M3_CODES))[:, 0]
+            code = code + 1
+        code, going = first - 1, first > 1
+        while bool(going.any()):
+            scale = self._scale(code.clamp(min=1))
+            excess = (self.magnitude - E2M1_MAX * self.errors.g * scale).clamp_(min=0)
+            going &= (self.bound * excess.square_()).sum(dim=1) < self.best_error
+            self._try(code.clamp(min=1), going)
+            code = code - 1
+            going &= code >= 1
+        return self.best
+
+    def _scale(self, code: torch.Tensor) -> torch.Tensor:
+        return self.errors.values[code - 1][:, None]
+
+    def _try(self, code: torch.Tensor, going: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Enter the errors at scale codes (J, rows) where going; returns |residual| and z/scale (J, block, rows)."""
+        scale = self._scale(code)
+        y = self.z / scale
+        residual, nearest = self.errors.residual(self.magnitude, scale, y.clone())
+        exact = residual if self.dtype == torch.float32 else self.errors.exact_residual(self.magnitude, nearest)
+        signed = exact * self.sign
+        error = (signed * torch.bmm(self.hessian, signed)).sum(dim=1)
+        better = going & (error < self.best_error)
+        self.best = torch.where(better, code, self.best)
+        self.best_error = torch.where(better, error, self.best_error)
+        return residual, y
