@@ -109,8 +109,9 @@ def default_global_scale(amax: torch.Tensor) -> torch.Tensor:
 
     Clamped to the smallest normal float32, and 1 where amax is 0, so that dividing by it is always safe.
     """
-    scale = (amax.float() / (E2M1_MAX * E4M3_MAX)).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.where(amax == 0, torch.ones_like(scale), scale)
+    # Through float64, because CUDA divides by a Python number as a multiplication by its rounded reciprocal.
+    scale = (amax.double() / (E2M1_MAX * E4M3_MAX)).clamp_min_(torch.finfo(torch.float32).tiny).float()
+    return scale.masked_fill_(amax == 0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ from qwantize_vllm.search.triton_tiles import launch_shape, load_blocks, store_b
 
 # (blocks, warps) of a program by the major version of the compute capability. A warp holds 32 blocks: it
 # leaves its loops when the last of them does. Regenerate with `python scripts/tune_search.py`.
-_LAUNCH_SHAPES = {9: (32, 1)}
+LAUNCH_SHAPES = {9: (32, 1)}
 
 # A |z| above it is beyond 6*448 already; below 7*448 it still rounds to 6 at the largest scale.
 _LARGEST_Z = tl.constexpr(3100.0)
@@ -65,7 +65,7 @@ def search_hessian(
     if weight.numel():
         shared = e == 1 or hessian.stride(0) == 0
         form, bound = prepare_hessian(hessian[:1] if shared else hessian)
-        tile, warps = launch_shape(_LAUNCH_SHAPES, weight.device, n)
+        tile, warps = launch_shape(LAUNCH_SHAPES, weight.device, n)
         tiles = triton.cdiv(n, tile)
         _search_hessian_kernel[(e * tiles * (k // block_size),)](
             weight,

@@ -40,7 +40,7 @@ from qwantize_vllm.search.triton_tiles import launch_shape, load_blocks, store_b
 
 # (blocks, warps) of a program by the major version of the compute capability. A warp holds 32 blocks: it
 # leaves its loops when the last of them does. Regenerate with `python scripts/tune_search.py`.
-_LAUNCH_SHAPES = {9: (32, 1)}
+LAUNCH_SHAPES = {9: (32, 1)}
 
 # Magnitudes are kept in units of g' * 2^30, so that 1/scale * 2^-126 and its parts are normal numbers.
 _2_POW_MINUS_30 = tl.constexpr(2.0**-30)
@@ -69,7 +69,7 @@ def search_sse(
     scales = torch.empty(e, n, k // block_size, dtype=torch.uint8, device=weight.device)
     blocks = n * (k // block_size)
     if weight.numel():
-        tile, warps = launch_shape(_LAUNCH_SHAPES, weight.device, blocks)
+        tile, warps = launch_shape(LAUNCH_SHAPES, weight.device, blocks)
         tiles = triton.cdiv(blocks, tile)
         _search_sse_kernel[(tiles * e,)](
             weight,

@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Time the search kernels in every launch shape on this GPU, and print the entries of their tables.
+
+    .venv/bin/python scripts/tune_search.py
+
+The tables LAUNCH_SHAPES in qwantize_vllm/search/triton_sse.py and triton_hessian.py map the major version of the
+compute capability to (blocks, warps) of a program; paste the lines that this prints. Nothing is tuned at load time.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qwantize_vllm.cli.bench.clock import median_seconds
+from qwantize_vllm.cli.bench.inputs import random_hessian, random_weight
+from qwantize_vllm.search import triton_hessian, triton_sse
+from qwantize_vllm.search.quantize import ScaleSearch, matrix_amax, resolve_global_scale, search_nvfp4
+
+# A warp with 32 or 64 blocks, and several such warps a program.
+CANDIDATES = [(32, 1), (64, 2), (128, 4), (256, 8), (64, 1), (128, 2), (256, 4)]
+SEARCHES: list[tuple[ScaleSearch, dict[int, tuple[int, int]]]] = [
+    ("naive", triton_sse.LAUNCH_SHAPES),
+    ("optimal", triton_sse.LAUNCH_SHAPES),
+    ("hessian", triton_hessian.LAUNCH_SHAPES),
+]
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(help=__doc__)
+def main(
+    n: Annotated[int, typer.Option(help="rows of the weight")] = 2560,
+    k: Annotated[int, typer.Option(help="its columns")] = 9728,
+) -> None:
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("there is no CUDA GPU here; launch shapes are tuned on the GPU they are for")
+    device = torch.device("cuda")
+    major, minor = torch.cuda.get_device_capability()
+    weight = random_weight((n, k), torch.bfloat16, device)
+    scale = resolve_global_scale(matrix_amax(weight), "amax")
+    table = Table(title=f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}), {n}x{k}, milliseconds")
+    table.add_column("blocks, warps")
+    times = []
+    for search, shapes in SEARCHES:
+        table.add_column(search, justify="right")
+        hessian = random_hessian(k, 16, device) if search == "hessian" else None
+        times.append([time_shape(shapes, major, shape, search, weight, scale, hessian) for shape in CANDIDATES])
+    for shape, row in zip(CANDIDATES, zip(*times, strict=True), strict=True):
+        table.add_row(str(shape), *(f"{1e3 * seconds:.4f}" for seconds in row))
+    Console().print(table)
+    for name, row in (("triton_sse", times[1]), ("triton_hessian", times[2])):
+        print(f"{name}.LAUNCH_SHAPES: {major}: {CANDIDATES[row.index(min(row))]}")
+
+
+def time_shape(
+    shapes: dict[int, tuple[int, int]],
+    major: int,
+    shape: tuple[int, int],
+    search: ScaleSearch,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    hessian: torch.Tensor | None,
+) -> float:
+    """Median seconds of a search with a launch shape in its table."""
+    before = shapes.get(major)
+    shapes[major] = shape
+    try:
+        return median_seconds(lambda: search_nvfp4(weight, search, 16, scale, hessian), weight.device)
+    finally:
+        if before is None:
+            del shapes[major]
+        else:
+            shapes[major] = before
+
+
+if __name__ == "__main__":
+    app()
