@@ -50,11 +50,11 @@ def main(
         table.add_column(search, justify="right")
         hessian = random_hessian(k, 16, device) if search == "hessian" else None
         times.append([time_shape(shapes, major, shape, search, weight, scale, hessian) for shape in CANDIDATES])
-    for shape, row in zip(CANDIDATES, zip(*times, strict=True), strict=True):
-        table.add_row(str(shape), *(f"{1e3 * seconds:.4f}" for seconds in row))
+    for i, shape in enumerate(CANDIDATES):
+        table.add_row(str(shape), *(f"{1e3 * seconds[i]:.4f}" for seconds in times))
     Console().print(table)
-    for name, row in (("triton_sse", times[1]), ("triton_hessian", times[2])):
-        print(f"{name}.LAUNCH_SHAPES: {major}: {CANDIDATES[row.index(min(row))]}")
+    for name, seconds in (("triton_sse", times[1]), ("triton_hessian", times[2])):
+        print(f"{name}.LAUNCH_SHAPES: {major}: {CANDIDATES[seconds.index(min(seconds))]}")
 
 
 def time_shape(

@@ -64,7 +64,9 @@ def snapped_scales(weight: torch.Tensor, q: Nvfp4Tensor) -> torch.Tensor:
     """The scales that "naive" has by definition, float8_e4m3fn: amax/6 of w/g in float32, snapped, never zero."""
     z = (weight.float() / _per_matrix(q)).unflatten(-1, (-1, q.block_size))
     smallest = e4m3_values(z.device)[0]
-    return (z.abs().amax(-1) / E2M1_MAX).clamp(smallest, E4M3_MAX).to(torch.float8_e4m3fn)
+    amax = z.abs().amax(-1)
+    # By a tensor: CUDA divides by a Python number as a multiplication by its rounded reciprocal.
+    return (amax / torch.full_like(amax, E2M1_MAX)).clamp(smallest, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def nearest_codes(weight: torch.Tensor, q: Nvfp4Tensor) -> torch.Tensor:

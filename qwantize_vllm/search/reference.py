@@ -125,7 +125,8 @@ def _search_sse(blocks: torch.Tensor, global_scale: torch.Tensor, optimal: bool)
     """
     z_amax = (blocks / global_scale).abs_().amax(dim=0)
     if not optimal:
-        return snap_to_e4m3(z_amax / E2M1_MAX)
+        # By a tensor: CUDA divides by a Python number as a multiplication by its rounded reciprocal.
+        return snap_to_e4m3(z_amax / torch.full_like(z_amax, E2M1_MAX))
     errors = _Errors(blocks, global_scale)
     magnitude = errors.signed.abs()
     first = _first_codes(z_amax)

@@ -40,7 +40,12 @@ def load_blocks(weight_ptr, start, stride_k, inside, BLOCK_SIZE: tl.constexpr):
         even = _load_2x8(weight_ptr, start, 0, 2, stride_k, inside)
         odd = _load_2x8(weight_ptr, start, 1, 3, stride_k, inside)
         parts = tl.join(even, odd)
-    return tl.reshape(parts, (start.shape[0], BLOCK_SIZE)).to(tl.float32)
+    blocks = tl.reshape(parts, (start.shape[0], BLOCK_SIZE))
+    if blocks.dtype == tl.bfloat16:
+        # What the conversion does; Triton's interpreter converts denormals wrongly.
+        return (blocks.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return blocks.to(tl.float32)
 
 
 @triton.jit
