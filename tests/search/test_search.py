@@ -105,9 +105,8 @@ def test_kernel_agrees_with_the_reference(kernel_on, dtype, scale_search):
 @pytest.mark.parametrize("scale_search", ["naive", "optimal", "hessian"])
 def test_batched_weights_equal_their_matrices(search, scale_search):
     weight = torch.stack([make_weight("gaussian", 9, 32, seed=i) * 10.0**i for i in range(2)])
-    hessian = (
-        torch.stack([make_hessians(5, 16)[2:4] * (i + 1) for i in range(2)]) if scale_search == "hessian" else None
-    )
+    hessian = torch.stack([make_hessians(6, 16)[4:] * (i + 1) for i in range(2)])
+    hessian = hessian if scale_search == "hessian" else None
     q = search(weight, scale_search, hessian=hessian)
     for i in range(2):
         one = search(weight[i], scale_search, hessian=None if hessian is None else hessian[i])
