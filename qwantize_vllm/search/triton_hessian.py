@@ -28,6 +28,7 @@ from qwantize_vllm.search.triton_hessian_form import prepare_hessian
 from qwantize_vllm.search.triton_numbers import (
     e2m1_encode,
     e2m1_round,
+    e2m1_with_sign,
     e4m3_ceil,
     e4m3_value,
     power_of_two_below,
@@ -123,7 +124,7 @@ def _search_hessian_kernel(
         code = _search(scaled, z, unit, form_ptr, bound, SINGULAR=False)
     else:
         code = _search(scaled, z, unit, form_ptr, bound, SINGULAR=True)
-    quants = e2m1_encode(w, tl.abs(z), spread(e4m3_value(code), z))
+    quants = e2m1_with_sign(e2m1_encode(tl.abs(z), spread(e4m3_value(code), z)), w)
     store_blocks(codes_ptr, scales_ptr, (matrix * rows + row) * blocks_per_row + j, inside, quants, code)
 
 

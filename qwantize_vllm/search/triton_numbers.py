@@ -63,15 +63,20 @@ def e2m1_round_small(y):
 
 
 @triton.jit
-def e2m1_encode(w, z, scale):
-    """E2M1 code (int32) of z = |w/g| at a block scale, all (TILE, BLOCK_SIZE); the sign is that of w.
+def e2m1_encode(z, scale):
+    """E2M1 code (int32) of z >= 0 at a block scale, both (TILE, BLOCK_SIZE), ties to the even code.
 
     z/scale is rounded once, so it is a midpoint of E2M1 only if z is the midpoint * scale.
     """
     inverse = 1.0 / scale
     y = tl.minimum(refine_quotient(z * inverse, z, scale, inverse), 6.0)
     # 2^-126 turns the eight magnitudes into the float32 (denormals) whose bits from 22 on are their codes.
-    code = (e2m1_round(y) * _2_POW_MINUS_126).to(tl.int32, bitcast=True) >> 22
+    return (e2m1_round(y) * _2_POW_MINUS_126).to(tl.int32, bitcast=True) >> 22
+
+
+@triton.jit
+def e2m1_with_sign(code, w):
+    """E2M1 codes of magnitudes, with the signs of w (float32)."""
     return code | ((w.to(tl.int32, bitcast=True) >> 28) & 8)
 
 

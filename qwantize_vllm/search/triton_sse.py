@@ -29,6 +29,7 @@ from qwantize_vllm.search.triton_numbers import (
     divide_by_six,
     e2m1_encode,
     e2m1_round_small,
+    e2m1_with_sign,
     e4m3_ceil,
     e4m3_snap,
     e4m3_value,
@@ -124,9 +125,30 @@ def _search_sse_kernel(
         code = _search(magnitude, unit, unit_inverse)
     else:
         code = e4m3_snap(divide_by_six(quotient(tl.max(magnitude, axis=1), unit, unit_inverse) * _2_POW_30))
-    z = quotient(magnitude, spread(unit, magnitude), spread(unit_inverse, magnitude))
-    quants = e2m1_encode(w, z, spread(e4m3_value(code) * _2_POW_MINUS_30, z))
+    quants = e2m1_with_sign(_encode(magnitude, unit, unit_inverse, e4m3_value(code)), w)
     store_blocks(codes_ptr, scales_ptr, matrix * blocks + block, inside, quants, code)
+
+
+@triton.jit
+def _encode(magnitude, unit, unit_inverse, scale):
+    """E2M1 codes (int32) of magnitudes at their block's scale: those of z = RN(w/g), ties to the even code.
+
+    Rounding and code at once, in the numbers of e2m1_round_small, where y is right within seven units in the last
+    place. Where one of the tile is within eight of a midpoint, z and z/scale are computed to the last bit instead.
+    """
+    y = tl.minimum(_small_quotient(magnitude, unit, scale), _SIX_SMALL).to(tl.int32, bitcast=True)
+    quants = (y + 0x200000) >> 22
+    beyond_midpoint = (y + (0x200000 + 8)) & 0x3FFFFF
+    if tl.min(tl.min(beyond_midpoint, axis=1), axis=0) < 16:
+        z = quotient(magnitude, spread(unit, magnitude), spread(unit_inverse, magnitude))
+        quants = e2m1_encode(z, spread(scale * _2_POW_MINUS_30, z))
+    return quants
+
+
+@triton.jit
+def _small_quotient(magnitude, unit, scale):
+    """2^-126 * magnitude/(unit*scale), within some units in the last place."""
+    return magnitude * spread((1.0 / (scale * unit)) * _2_POW_MINUS_96, magnitude)
 
 
 @triton.jit
@@ -167,7 +189,7 @@ def _error(magnitude, unit, code, CLIPS: tl.constexpr):
     1/(scale*unit) may be off in its last places: a magnitude so near a midpoint is as good on either side.
     """
     scale = e4m3_value(code)
-    y = magnitude * spread((1.0 / (scale * unit)) * _2_POW_MINUS_96, magnitude)
+    y = _small_quotient(magnitude, unit, scale)
     if CLIPS:
         y = tl.minimum(y, _SIX_SMALL)
     value = e2m1_round_small(y) * spread(scale * _2_POW_96, magnitude)

@@ -57,6 +57,26 @@ def test_codes_are_nearest_with_ties_to_even(search, scale_search, kind):
     assert torch.equal(unpack_codes(q.codes), wanted.flatten(-2))
 
 
+@pytest.mark.parametrize("scale_search", ["naive", "optimal", "hessian"])
+@pytest.mark.parametrize("global_scale", [1.0, 0.0123])
+def test_codes_of_weights_at_midpoints_and_beside_them(search, scale_search, global_scale):
+    """Each block: 6 scales, and at a midpoint of E2M1 times the scale, or some float32 steps beside it, the rest."""
+    generator = torch.Generator().manual_seed(0)
+    midpoints = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    scales = e4m3_values()[:, None]
+    weight = midpoints[torch.randint(7, (126, 64), generator=generator)] * scales * global_scale
+    steps = torch.randint(-3, 4, weight.shape, generator=generator, dtype=torch.int32)
+    weight = (weight.view(torch.int32) + steps).view(torch.float32)
+    weight[:, ::16] = 6 * scales * global_scale
+    weight *= torch.where(torch.rand(weight.shape, generator=generator) < 0.5, -1, 1)
+    hessian = torch.eye(16).repeat(4, 1, 1) if scale_search == "hessian" else None
+    q = search(weight, scale_search, 16, torch.tensor(global_scale), hessian=hessian)
+    if scale_search == "naive":
+        assert torch.equal(q.block_scales.float(), scales.expand(126, 4))
+    wanted = round_to_e2m1((weight / q.global_scale).unflatten(-1, (-1, 16)) / q.block_scales.float()[..., None])
+    assert torch.equal(unpack_codes(q.codes), wanted.flatten(-2))
+
+
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("global_scale", ["amax", "none"])
 @pytest.mark.parametrize("kind", ["gaussian", "sparse", "outlier", "zero", "grid"])
