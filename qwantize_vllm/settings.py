@@ -52,7 +52,9 @@ class QwantizeSettings(pydantic.BaseModel):
         "A member of a fused layer (q_proj, gate_proj) may be named.",
     )
     strict: bool = pydantic.Field(
-        False, description="Refuse to start where a layer cannot be quantized, instead of leaving it as it is."
+        False,
+        description="Refuse to start where a layer cannot be quantized, instead of leaving it as it is, or has no "
+        "Hessian in the file, instead of searching it by optimal.",
     )
     backend: Literal["auto", "reference", "dequantize", "fused"] = pydantic.Field(
         "auto", description="Matmul backend; auto chooses by device and number of tokens."

@@ -10,6 +10,33 @@ from qwantize_vllm.format import FLOAT_DTYPES, check_block_size
 _CHUNK_TOKENS = 8192
 
 
+class BlockHessianSum:
+    """H_j = sum over tokens of x_j x_j', x_j the j-th block of a layer's input, as activations come in.
+
+    Attributes:
+        total: float32 (k/block_size, block_size, block_size), the sum so far.
+        tokens: how many went into it.
+
+    Raises:
+        ValueError: k is not a multiple of block_size.
+    """
+
+    def __init__(self, k: int, block_size: int, device: torch.device | str) -> None:
+        check_block_size(block_size)
+        if k % block_size:
+            raise ValueError(f"K must be a multiple of block_size {block_size}, got {k}")
+        self.total = torch.zeros(k // block_size, block_size, block_size, device=device)
+        self.tokens = 0
+
+    def add(self, activations: torch.Tensor) -> None:
+        """activations: (..., k), any float dtype, on the device of the sum."""
+        blocks, block_size, _ = self.total.shape
+        for chunk in activations.reshape(-1, blocks * block_size).split(_CHUNK_TOKENS):
+            x = chunk.float().view(-1, blocks, block_size).transpose(0, 1)
+            self.total.baddbmm_(x.mT, x)
+            self.tokens += chunk.shape[0]
+
+
 def block_hessian(activations: torch.Tensor, block_size: int = 16) -> torch.Tensor:
     """H_j = sum over tokens of x_j x_j', x_j the j-th block of a layer's input.
 
@@ -29,13 +56,10 @@ def block_hessian(activations: torch.Tensor, block_size: int = 16) -> torch.Tens
             f"activations must be (..., tokens, K) in one of {FLOAT_DTYPES} with K a multiple of {block_size}, "
             f"got {tuple(activations.shape)} {activations.dtype}"
         )
-    k = activations.shape[-1]
-    total = torch.zeros(k // block_size, block_size, block_size, device=activations.device)
-    for chunk in activations.reshape(-1, k).split(_CHUNK_TOKENS):
-        x = chunk.float().view(-1, k // block_size, block_size).transpose(0, 1)
-        total.baddbmm_(x.mT, x)
-    if not bool(torch.isfinite(total).all()):
+    hessian = BlockHessianSum(activations.shape[-1], block_size, activations.device)
+    hessian.add(activations)
+    if not bool(torch.isfinite(hessian.total).all()):
         raise ValueError(
             f"activations {tuple(activations.shape)} hold NaN or infinite elements, or their squares overflow"
         )
-    return total
+    return hessian.total

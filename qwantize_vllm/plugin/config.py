@@ -13,7 +13,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from qwantize_vllm import __version__
+from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.layer_names import fused_members, named_parts
+from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.settings import (
@@ -83,6 +85,9 @@ class QwantizeConfig(QuantizationConfig):
             extra = additional.get(METHOD, {}) if isinstance(additional, dict) else {}
             self._resolved, origin = resolve_settings({**self._given, _ADDITIONAL: extra, **_environment()})
             given = ", ".join(f"{key} (from {source})" for key, source in origin.items()) or "all defaults"
+            if self._resolved.hessian is not None:
+                file = HessianFile(self._resolved.hessian, self._resolved.block_size)
+                file.check_model(config_fingerprint(get_current_vllm_config().model_config.hf_config))
             logger.info("qwantize settings: %s; given: %s", self._resolved, given)
             if isinstance(additional, dict):
                 # Part of the key of vLLM's compile cache, which knows none of our sources but this.

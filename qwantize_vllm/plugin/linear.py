@@ -40,6 +40,8 @@ class QwantizeLinearMethod(LinearMethodBase):
 
     def __init__(self, settings: QwantizeSettings, name: str, report: LoadReport, members: list[str]) -> None:
         self.settings, self.name, self.report, self.members = settings, name, report, members
+        self.search = settings.scale_search
+        self._hessian_name: str | None = None
 
     def create_weights(
         self,
@@ -82,8 +84,7 @@ class QwantizeLinearMethod(LinearMethodBase):
         layer.register_parameter("weight", weight)
         if self.settings.hessian is not None:
             # Here, so that a file that does not fit is refused before weights are read.
-            names = list(dict.fromkeys([self.name, *self.members]))
-            self._hessian_name = self._hessian_file().find(names, input_size // block_size)
+            self._find_hessian(input_size // block_size)
         self.report.expect(self.name)
         initialize_online_processing(layer)
 
@@ -144,14 +145,23 @@ class QwantizeLinearMethod(LinearMethodBase):
             raise ValueError(f"qwantize: {self.name}: {describe_nonfinite(weight)} (on this rank)")
         scales = resolve_global_scale(amax, "none" if self.settings.global_scale == "none" else "amax")
         hessian = self._hessian(layer, weight)
-        search, block_size = self.settings.scale_search, self.settings.block_size
         return [
-            search_nvfp4(part, search, block_size, scale, hessian) for part, scale in zip(parts, scales, strict=True)
+            search_nvfp4(part, self.search, self.settings.block_size, scale, hessian)
+            for part, scale in zip(parts, scales, strict=True)
         ]
+
+    def _find_hessian(self, blocks: int) -> None:
+        """The name that the file has this layer under; if it has none, and may, the layer is searched without."""
+        file, names = self._hessian_file(), list(dict.fromkeys([self.name, *self.members]))
+        if file.has(names) or self.settings.strict:
+            self._hessian_name = file.find(names, blocks)
+        else:
+            self.search = "optimal"
+            self.report.without_hessian(self.name)
 
     def _hessian(self, layer: LinearBase, weight: torch.Tensor) -> torch.Tensor | None:
         """This rank's block Hessians, of the layer or of a member that it is fused from."""
-        if self.settings.hessian is None:
+        if self._hessian_name is None:
             return None
         blocks = weight.shape[1] // self.settings.block_size
         row_parallel = layer.input_size != layer.input_size_per_partition

@@ -26,12 +26,17 @@ class LoadReport:
         self._quantized: dict[str, float] = {}
         self._left: dict[tuple[str, int], tuple[weakref.ref[torch.nn.Module], str]] = {}
         self._ignored: list[str] = []
+        self._without_hessian: list[str] = []
         self._bytes_before = self._bytes_after = 0
         self._seconds = 0.0
 
     def expect(self, name: str) -> None:
         """A layer that is going to be quantized has been built."""
         self._expected.add(name)
+
+    def without_hessian(self, name: str) -> None:
+        """The Hessian file does not have a layer, which is searched by `optimal` instead."""
+        self._without_hessian.append(name)
 
     def leave(self, name: str, layer: torch.nn.Module, reason: str, ignored: list[str] | None = None) -> None:
         """A layer stays as it is; ignored: the names by which the settings reached it."""
@@ -49,6 +54,13 @@ class LoadReport:
         self._seconds += time.perf_counter() - began
         if self._quantized.keys() >= self._expected:
             logger.info("%s", self.summary())
+            if self._without_hessian:
+                logger.warning(
+                    "qwantize: %s has no Hessian of %d layers, which were quantized by scale_search optimal: %s",
+                    self.settings.hessian,
+                    len(self._without_hessian),
+                    ", ".join(self._without_hessian),
+                )
             for pattern in self._unused_patterns():
                 logger.warning("qwantize: ignore pattern %r named no layer of this model", pattern)
             self._start_over()  # weights may be reloaded later

@@ -146,4 +146,4 @@ def refuse_hessians(
 ) -> str:
     path = tmp_path / "hessians.safetensors"
     save_hessians(path, hessians, block_size)
-    return engines.refuse(tiny, **overrides(scale_search="hessian", hessian=str(path)))
+    return engines.refuse(tiny, **overrides(scale_search="hessian", hessian=str(path), strict=True))

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwantize_vllm import block_hessian
-from qwantize_vllm.hessian import HessianFile, save_hessians
+from qwantize_vllm.hessian import BlockHessianSum, HessianFile, HessianInfo, merge_hessians, save_hessians
 
 
 @pytest.mark.parametrize("block_size", [16, 32])
@@ -68,3 +68,58 @@ def test_foreign_broken_and_missing_files_are_refused(tmp_path):
         HessianFile(tmp_path / "none", 16)
     with pytest.raises(ValueError, match=r"must be float32 \(K/16, 16, 16\)"):
         save_hessians(tmp_path / "x", {"a": torch.zeros(2, 8, 8)}, 16)
+
+
+def measured(path, *texts, fingerprint="f", names=("a", "b")):
+    """A file of Hessians of texts, which here are activations."""
+    hessians = {name: sum(block_hessian(text) for text in texts) for name in names}
+    info = HessianInfo(block_size=16, fingerprint=fingerprint, tokens=sum(text.shape[0] for text in texts))
+    save_hessians(path, hessians, 16, info)
+    return path
+
+
+def test_a_file_says_what_it_was_measured_on_and_has_the_same_bytes_every_time(tmp_path):
+    hessian = block_hessian(torch.randn(20, 64))
+    info = HessianInfo(block_size=16, model="m", fingerprint="abc", tokens=20, dtype="bfloat16", package="1")
+    for name in ("one", "two"):
+        save_hessians(tmp_path / name, {"b": hessian, "a": hessian * 2}, 16, info)
+    file = HessianFile(tmp_path / "one")
+    assert file.info == info
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    file.check_model("abc")
+    with pytest.raises(ValueError, match=r"measured on another model: 'm' with config abc, this one has xyz"):
+        file.check_model("xyz")
+    with pytest.raises(ValueError, match="block_size is 32, info says 16"):
+        save_hessians(tmp_path / "x", {}, 32, info)
+
+
+def test_merged_files_are_those_of_the_texts_together(tmp_path):
+    texts = [torch.randint(-8, 9, (n, 32)).float() for n in (5, 7, 9)]  # small integers: sums are exact
+    parts = [measured(tmp_path / f"{i}", text) for i, text in enumerate(texts)]
+    info = merge_hessians(parts, tmp_path / "merged")
+    assert info.tokens == 21
+    measured(tmp_path / "together", *texts)
+    assert (tmp_path / "merged").read_bytes() == (tmp_path / "together").read_bytes()
+
+
+def test_files_that_do_not_add_up_are_not_merged(tmp_path):
+    one = measured(tmp_path / "one", torch.randn(5, 32))
+    model = measured(tmp_path / "model", torch.randn(5, 32), fingerprint="g")
+    layers = measured(tmp_path / "layers", torch.randn(5, 32), names=("a", "c"))
+    shapes = measured(tmp_path / "shapes", torch.randn(5, 64))
+    for other, message in ((model, "fingerprint 'f'"), (layers, "same layers: b, c"), (shapes, r"\(2, 16, 16\)")):
+        with pytest.raises(ValueError, match=message):
+            merge_hessians([one, other], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_sum_is_the_same_in_pieces(tmp_path):
+    x = torch.randint(-8, 9, (30, 64)).bfloat16()
+    hessian = BlockHessianSum(64, 16, "cpu")
+    for part in x.split(7):
+        hessian.add(part)
+    assert torch.equal(hessian.total, block_hessian(x))
+    assert hessian.tokens == 30
+    with pytest.raises(ValueError, match="multiple of block_size 16, got 40"):
+        BlockHessianSum(40, 16, "cpu")

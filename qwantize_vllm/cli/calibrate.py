@@ -1,0 +1,56 @@
+"""`qwantize calibrate`: measure the block Hessians that `scale_search: hessian` needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from qwantize_vllm.hessian import merge_hessians
+
+
+def run_calibration(
+    model: Annotated[str | None, typer.Argument(help="Model name or directory, as `vllm serve` takes it.")] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="UTF-8 text, or .jsonl, a chat (messages) or a text in every line.",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("hessians.safetensors"),
+    num_tokens: Annotated[int, typer.Option(min=1, help="Tokens to measure on, at most.")] = 32768,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a window; each is read alone.")] = 1024,
+    block_size: Annotated[int, typer.Option(help="16 or 32, that of the settings it is for.")] = 16,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="As in vLLM.")] = 1,
+    merge: Annotated[
+        list[Path] | None, typer.Option(exists=True, dir_okay=False, help="Add up such files instead; repeat it.")
+    ] = None,
+) -> None:
+    """Block Hessians (sums of x x' over each layer's inputs) of a text, by the engine that will serve.
+
+    Serve with them: --additional-config '{"qwantize": {"scale_search": "hessian", "hessian": "hessians.safetensors"}}'
+    """
+    console = Console(markup=False)
+    try:
+        if merge:
+            if model or text:
+                raise ValueError("--merge takes files that are there; leave MODEL and --text out")
+            info = merge_hessians(merge, out)
+            console.print(f"wrote {out}: {info.tokens:,} tokens of {len(merge)} files")
+            return
+        if not (model and text):
+            raise ValueError("give MODEL and --text, or files to --merge")
+        from qwantize_vllm.plugin.calibration import calibrate
+        from qwantize_vllm.plugin.corpus import read_windows
+
+        windows = read_windows(model, text, num_tokens, seq_len)
+        info, left = calibrate(model, windows, block_size, out, {"tensor_parallel_size": tensor_parallel_size})
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if left:
+        console.print(f"without Hessians, K not being a multiple of {block_size}: {', '.join(left)}")
+    console.print(f"wrote {out}: {info.tokens:,} tokens in {len(windows)} windows, config {info.fingerprint}")

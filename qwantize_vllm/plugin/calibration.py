@@ -1,0 +1,137 @@
+"""Block Hessians measured by the engine that will serve: every architecture and parallelism that vLLM has.
+
+The workers hang a hook on every linear layer; the driver sends the text, one window at a time, so that the batches, and
+with them the sums, are the same in every run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from vllm.model_executor.layers.linear import LinearBase
+
+from qwantize_vllm import __version__
+from qwantize_vllm.hessian import BlockHessianSum, HessianFile, HessianInfo, save_hessians
+from qwantize_vllm.plugin.engine_process import engine, in_own_process
+from qwantize_vllm.plugin.fingerprint import config_fingerprint
+
+
+class CalibrationWorker:
+    """Methods that vLLM adds to its workers (`worker_extension_cls`)."""
+
+    model_runner: Any
+
+    def qwantize_start(self, block_size: int) -> list[str]:
+        """Hang the hooks; returns the names of linear layers that are left out, K not being a multiple of the block."""
+        self._qwantize_sums: dict[str, tuple[int, BlockHessianSum]] = {}
+        left = []
+        for path, layer in self.model_runner.get_model().named_modules():
+            if not isinstance(layer, LinearBase):
+                continue
+            k = getattr(layer, "input_size_per_partition", layer.input_size)
+            name = layer.prefix or path
+            if k % block_size:
+                left.append(name)
+                continue
+            rank = layer.tp_rank if k != layer.input_size else 0
+            hessian = BlockHessianSum(k, block_size, next(layer.parameters()).device)
+            if k != layer.input_size or layer.tp_rank == 0:  # what every rank sees one of them counts
+                self._qwantize_sums[name] = (rank, hessian)
+                layer.register_forward_pre_hook(_adding_to(hessian))
+        return left
+
+    def qwantize_finish(self, directory: str) -> tuple[str, dict[str, int]]:
+        """Write this worker's sums; returns the file and the tokens that each layer saw."""
+        sums = self._qwantize_sums
+        names = {f"{rank:05d} {name}": hessian.total.cpu() for name, (rank, hessian) in sums.items()}
+        with tempfile.NamedTemporaryFile(dir=directory, suffix=".safetensors", delete=False) as file:
+            path = file.name
+        block_size = next(iter(names.values())).shape[-1] if names else 16
+        save_hessians(path, names, block_size)
+        return path, {name: hessian.tokens for name, (_, hessian) in sums.items()}
+
+
+def _adding_to(hessian: BlockHessianSum) -> Any:
+    def hook(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        hessian.add(inputs[0])
+
+    return hook
+
+
+def calibrate(
+    model: str, windows: Sequence[Sequence[int]], block_size: int, out: Path, options: dict[str, Any]
+) -> tuple[HessianInfo, list[str]]:
+    """Run the windows (token ids) through the model, in an engine of its own process, and write the Hessians of its
+    linear layers' inputs to out.
+
+    options: further arguments of `vllm.LLM`, such as tensor_parallel_size.
+
+    Returns:
+        What the file says about itself, and the layers that it does not have.
+
+    Raises:
+        RuntimeError: a layer did not see every token once.
+        ValueError: activations were not finite.
+    """
+    return in_own_process(_calibrate, model, windows, block_size, out, options)
+
+
+def _calibrate(
+    model: str, windows: Sequence[Sequence[int]], block_size: int, out: Path, options: dict[str, Any]
+) -> tuple[HessianInfo, list[str]]:
+    from vllm import SamplingParams
+
+    longest = max(map(len, windows))
+    arguments = {
+        "max_model_len": longest + 1,
+        "max_num_batched_tokens": longest + 1,
+        "enable_prefix_caching": False,
+        "enforce_eager": True,  # hooks run where Python does
+        "worker_extension_cls": f"{__name__}.{CalibrationWorker.__name__}",
+    }
+    sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+    tokens = sum(map(len, windows))
+    with engine(model=model, **arguments, **options) as llm, tempfile.TemporaryDirectory() as directory:
+        left = llm.collective_rpc("qwantize_start", args=(block_size,))[0]
+        with tqdm(total=tokens, unit="token", unit_scale=True, desc="calibrating", disable=None) as bar:
+            for window in windows:
+                llm.generate([{"prompt_token_ids": list(window)}], sampling, use_tqdm=False)
+                bar.update(len(window))
+        parts = llm.collective_rpc("qwantize_finish", args=(directory,))
+        for _, seen in parts:
+            _check_tokens(seen, tokens)
+        config = llm.llm_engine.model_config
+        info = HessianInfo(
+            block_size=block_size,
+            model=model,
+            fingerprint=config_fingerprint(config.hf_config),
+            tokens=tokens,
+            dtype=str(config.dtype).removeprefix("torch."),
+            package=__version__,
+        )
+        save_hessians(out, _joined([path for path, _ in parts]), block_size, info)
+    return info, left
+
+
+def _check_tokens(seen: dict[str, int], tokens: int) -> None:
+    wrong = {name: count for name, count in seen.items() if count != tokens}
+    if wrong:
+        name, count = next(iter(wrong.items()))
+        raise RuntimeError(
+            f"{len(wrong)} layers did not see each of the {tokens} tokens once; {name} saw {count}. "
+            "Layers that only some tokens reach cannot be calibrated yet"
+        )
+
+
+def _joined(paths: list[str]) -> dict[str, torch.Tensor]:
+    """The layers' Hessians, the parts of those that are sharded along K one after the other."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    keyed = {key: HessianFile(path) for path in paths for key in HessianFile(path).names}
+    for key in sorted(keyed):  # by rank, then name
+        parts.setdefault(key.partition(" ")[2], []).append(keyed[key].read_all(key))
+    return {name: torch.cat(each) for name, each in sorted(parts.items())}

@@ -1,0 +1,59 @@
+"""Texts to calibrate on, as windows of token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read_windows(model: str, texts: Sequence[Path], num_tokens: int, seq_len: int) -> list[list[int]]:
+    """Consecutive windows of seq_len tokens of every text, until num_tokens are reached; the last one may be shorter.
+
+    Raises:
+        ValueError: a line of a .jsonl file is neither a chat nor a text; the texts are empty.
+    """
+    from vllm.tokenizers import get_tokenizer
+
+    tokenizer = get_tokenizer(model)
+    windows: list[list[int]] = []
+    left = num_tokens
+    for path in texts:
+        tokens = (
+            _jsonl_tokens(tokenizer, path) if path.suffix == ".jsonl" else _tokens(tokenizer, path.read_text("utf-8"))
+        )
+        tokens = tokens[:left]
+        left -= len(tokens)
+        windows += [tokens[i : i + seq_len] for i in range(0, len(tokens), seq_len)]
+    if not windows:
+        raise ValueError(f"there is no token in {', '.join(map(str, texts))}")
+    return windows
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _text_tokens(tokenizer: Any, path: Path) -> list[int]:
+    return _tokens(tokenizer, path.read_text("utf-8"))
+
+
+def _jsonl_tokens(tokenizer: Any, path: Path) -> list[int]:
+    """All lines, one after the other: {"messages": [...]} through the model's chat template, or {"text": "..."}."""
+    tokens: list[int] = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+        if isinstance(record, dict) and isinstance(record.get("messages"), list):
+            text = tokenizer.apply_chat_template(record["messages"], tokenize=False)
+        elif isinstance(record, dict) and isinstance(record.get("text"), str):
+            text = record["text"]
+        else:
+            raise ValueError(f'{path}, line {number}: needs the key "messages" (a chat) or "text"')
+        tokens += _tokens(tokenizer, text)
+    return tokens

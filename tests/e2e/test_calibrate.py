@@ -1,0 +1,64 @@
+"""`qwantize calibrate`: from a text to a served model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwantize_vllm.hessian import HessianFile
+from tests.e2e.checkpoints import quantize_checkpoint
+
+from .compare import assert_serves, served_layers, tensors_of
+from .test_commands import qwantize
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hessians(smollm2, text, tmp_path_factory):
+    path = tmp_path_factory.mktemp("hessians") / "h.safetensors"
+    printed = qwantize("calibrate", smollm2, "--text", text, "--num-tokens", "200", "--seq-len", "64", "--out", path)
+    assert "200 tokens in 4 windows" in printed
+    return path
+
+
+def test_hessians_are_those_of_the_layers_inputs(smollm2, hessians):
+    file = HessianFile(hessians)
+    assert (file.info.tokens, file.info.block_size, file.info.dtype) == (200, 16, "bfloat16")
+    assert len(file.names) == 120
+    first = file.read_all("model.layers.0.self_attn.qkv_proj")
+    # The norm before it leaves every token a mean square of about 1 times its gains.
+    assert first.shape == (36, 16, 16)
+    assert (torch.linalg.eigvalsh(first.double()) > -1e-3).all()
+    assert torch.equal(first, first.mT)
+
+
+def test_the_same_text_gives_the_same_bytes(smollm2, text, hessians, tmp_path):
+    again = tmp_path / "again.safetensors"
+    qwantize("calibrate", smollm2, "--text", text, "--num-tokens", "200", "--seq-len", "64", "--out", again)
+    assert again.read_bytes() == hessians.read_bytes()
+
+
+def test_a_model_is_served_with_its_hessians(engines, smollm2, hessians):
+    settings = {"quant_method": "qwantize", "scale_search": "hessian", "hessian": str(hessians), "strict": True}
+    outcome = engines.start(smollm2, hf_overrides={"quantization_config": settings})
+    file = HessianFile(hessians)
+    assert served_layers(outcome) == file.names
+    expected = quantize_checkpoint(
+        smollm2, hessians={name: file.read_all(name) for name in file.names}, scale_search="hessian"
+    )
+    for layer in ("model.layers.0.self_attn.qkv_proj", "model.layers.29.mlp.down_proj"):
+        assert_serves(tensors_of(outcome), layer, expected[layer])
+
+
+def test_hessians_of_another_model_are_refused(engines, tiny, hessians):
+    settings = {"quant_method": "qwantize", "scale_search": "hessian", "hessian": str(hessians)}
+    log = engines.refuse(tiny, hf_overrides={"quantization_config": settings})
+    assert "was measured on another model" in log

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from qwantize_vllm.plugin import corpus
+
+
+class Letters:
+    """A tokenizer: a token for each letter."""
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return [ord(letter) for letter in text]
+
+    def apply_chat_template(self, messages, tokenize):
+        assert not tokenize
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+
+
+@pytest.fixture(autouse=True)
+def letters(monkeypatch):
+    monkeypatch.setattr("vllm.tokenizers.get_tokenizer", lambda model: Letters())
+
+
+def read(*paths, num_tokens=100, seq_len=4):
+    return ["".join(map(chr, window)) for window in corpus.read_windows("model", paths, num_tokens, seq_len)]
+
+
+def test_windows_follow_each_other_and_stop_at_the_number_of_tokens(tmp_path):
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text("abcdefghij")
+    two.write_text("klmno")
+    assert read(one, two) == ["abcd", "efgh", "ij", "klmn", "o"]
+    assert read(one, two, num_tokens=12) == ["abcd", "efgh", "ij", "kl"]
+    assert read(one, two, num_tokens=6) == ["abcd", "ef"]
+
+
+def test_chats_and_texts_of_jsonl(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n\n{"text": "bye"}\n')
+    assert read(path, seq_len=100) == ["<user>hibye"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("{", "line 1: not JSON"), ('{"a": 1}', 'needs the key "messages"'), ("[]", "line 1: needs")]
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(line)
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+def test_empty_texts_are_refused(tmp_path):
+    path = tmp_path / "empty.txt"
+    path.write_text("")
+    with pytest.raises(ValueError, match="there is no token in"):
+        read(path)
