@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qwantize_vllm import quantize_nvfp4
+from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.plugin import vllm_kernels
 from qwantize_vllm.plugin.vllm_kernels import KERNELS, PreparedWeight, why_not
 from tests.numbers import make_weight
@@ -18,7 +19,7 @@ from tests.numbers import make_weight
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A kernel "marlin" that multiplies with what it was given, in place of vLLM's, and a GPU that torch believes in."""
+    """In place of vLLM's "marlin" a kernel that multiplies with what it was given, and a GPU that torch believes in."""
 
     class Kernel:
         supported = (True, None)
@@ -41,13 +42,8 @@ def fake(monkeypatch):
             assert bias is None
             assert x.is_contiguous()
             codes, scales, global_scale = layer.seen
-            q = vllm_kernels_input(codes, scales.to(torch.float8_e4m3fn), global_scale)
+            q = Nvfp4Tensor(codes, scales.to(torch.float8_e4m3fn), global_scale)
             return x @ q.dequantize(layer.params_dtype).T
-
-    def vllm_kernels_input(*tensors):
-        from qwantize_vllm.format import Nvfp4Tensor
-
-        return Nvfp4Tensor(*tensors)
 
     folder = vllm_kernels._KERNELS
     modules = {
