@@ -1,4 +1,4 @@
-"""Seconds that a call takes, and the bandwidth of a copy: what a search could reach if it were free."""
+"""Seconds that a call takes, and the bandwidth of a copy: what a kernel could reach if its arithmetic were free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random weights and Hessians; the speed of a search hardly depends on more than their distribution."""
+"""Random weights, activations and Hessians; speed hardly depends on more than their distribution."""
 
 from __future__ import annotations
 
@@ -33,3 +33,9 @@ def random_hessian(k: int, block_size: int, device: torch.device) -> torch.Tenso
         size = torch.randn(own.shape[1], generator=generator, device=device).exp()
         strips.append(block_hessian((own + token) * size, block_size))
     return torch.cat(strips)
+
+
+def random_activations(tokens: int, k: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Gaussian activations (tokens, K) of standard deviation 1; the same ones in every run on a device."""
+    generator = torch.Generator(device).manual_seed(SEED + 1)  # not the weights' numbers once more
+    return torch.empty(tokens, k, dtype=dtype, device=device).normal_(generator=generator)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated, TypeVar, get_args
+from typing import Annotated, get_args
 
 import torch
 import typer
 from rich.console import Console
 
 from qwantize_vllm.cli.bench import report
+from qwantize_vllm.cli.bench.machine import device_name
 from qwantize_vllm.cli.bench.measure import Plan, Results, measure
+from qwantize_vllm.cli.bench.options import choose_device, make_directory, one_of
+from qwantize_vllm.cli.bench.output import draw
 from qwantize_vllm.cli.bench.peers import PEERS
 from qwantize_vllm.cli.bench.plot import plot
 from qwantize_vllm.cli.bench.shapes import MODELS, SMALL, choose_layers
@@ -21,8 +24,6 @@ from qwantize_vllm.search.quantize import GlobalScale, ScaleSearch
 _SEARCHES: tuple[ScaleSearch, ...] = get_args(ScaleSearch)
 _GLOBAL_SCALES: tuple[GlobalScale, ...] = get_args(GlobalScale)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
-
-_T = TypeVar("_T", bound=str)
 
 
 def bench_quantize(
@@ -51,10 +52,7 @@ def bench_quantize(
     """
     console = Console(markup=False)  # messages of peers may hold brackets
     plan = _plan(model or [], shape or [], search or [], block_size, global_scale, dtype, device, check_blocks)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise typer.BadParameter(f"--out: {error}") from error
+    make_directory(out)
     _announce(plan, console)
     with torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext():
         results = measure(plan)
@@ -77,41 +75,21 @@ def _plan(
     """The options, checked, with the defaults of the device."""
     try:
         check_block_size(block_size)
-        on = _device(device)
+        on = choose_device(device)
         if not (models or shapes):
             models, shapes = (list(MODELS), []) if on.type == "cuda" else ([], [SMALL])
         return Plan(
             layers=choose_layers(models, shapes, block_size),
-            searches=[_one_of("--search", search, _SEARCHES) for search in dict.fromkeys(searches)] or list(_SEARCHES),
+            searches=[one_of("--search", search, _SEARCHES) for search in dict.fromkeys(searches)] or list(_SEARCHES),
             peers=[peer for peer in PEERS if peer.importable],
             block_size=block_size,
-            global_scale=_one_of("--global-scale", global_scale, _GLOBAL_SCALES),
-            dtype=_DTYPES[_one_of("--dtype", dtype, tuple(_DTYPES))],
+            global_scale=one_of("--global-scale", global_scale, _GLOBAL_SCALES),
+            dtype=_DTYPES[one_of("--dtype", dtype, tuple(_DTYPES))],
             device=on,
             check_blocks=check_blocks,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-
-
-def _one_of(option: str, value: str, allowed: tuple[_T, ...]) -> _T:
-    for each in allowed:
-        if each == value:
-            return each
-    raise ValueError(f"{option} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cuda", "cpu"):
-        raise ValueError(f"--device must be cuda or cpu, got {name!r}")
-    return device
 
 
 def _announce(plan: Plan, console: Console) -> None:
@@ -128,10 +106,5 @@ def _announce(plan: Plan, console: Console) -> None:
 
 def _write(plan: Plan, results: Results, out: Path, console: Console) -> None:
     report.write_json(out / "quantize.json", plan, results)
-    title = f"{report.device_name(plan.device)}: a copy reaches {results.copy / 1e9:.0f} GB/s"
-    try:
-        plot(out / "quantize.png", results.rows, title)
-    except ImportError as error:
-        console.print(f"wrote {out / 'quantize.json'}; no plot: {error} (pip install matplotlib)")
-    else:
-        console.print(f"wrote {out / 'quantize.json'} and {out / 'quantize.png'}")
+    title = f"{device_name(plan.device)}: a copy reaches {results.copy / 1e9:.0f} GB/s"
+    draw(out / "quantize.png", lambda path: plot(path, results.rows, title), out / "quantize.json", console)

@@ -4,39 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import platform
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qwantize_vllm import __version__
 from qwantize_vllm.cli.bench.compare import Comparison
 from qwantize_vllm.cli.bench.inputs import SEED, TOKENS, WEIGHT_STD
+from qwantize_vllm.cli.bench.machine import device_name, versions
 from qwantize_vllm.cli.bench.measure import Plan, Results, Row
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.processor() or platform.machine()}, torch threads: {torch.get_num_threads()})"
-
-
-def versions() -> dict[str, str | None]:
-    """Of this package and what its speed depends on; None for what is not installed."""
-    found: dict[str, str | None] = {"qwantize-vllm": __version__, "python": platform.python_version()}
-    for name in ("torch", "triton"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+from qwantize_vllm.cli.bench.output import digits, make_table
 
 
 def show(plan: Plan, results: Results, console: Console) -> None:
@@ -83,19 +62,19 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 
 def _searches_table(rows: list[Row]) -> Table:
-    table = _table(
+    table = make_table(
         ("layer", "search"),
         ("search\nms", "\nGB/s", "% of\ncopy", "with amax\nms", "% of\ncopy", "blocks\nright"),
     )
     for row in rows:
-        search = _digits(row.search_ms, row.search_gb_per_s, 100 * row.search_of_copy)
-        whole = _digits(row.whole_ms, 100 * row.whole_of_copy)
+        search = digits(row.search_ms, row.search_gb_per_s, 100 * row.search_of_copy)
+        whole = digits(row.whole_ms, 100 * row.whole_of_copy)
         table.add_row(str(row.layer), row.search, *search, *whole, f"{row.kept}/{row.checked}")
     return table
 
 
 def _peers_table(comparisons: list[Comparison]) -> Table:
-    table = _table(
+    table = make_table(
         ("layer", "search", "peer"),
         ("its\nms", "our\nms", "times\nas fast", "blocks\nchecked", "its error\nlarger", "our error\nlarger"),
     )
@@ -104,24 +83,9 @@ def _peers_table(comparisons: list[Comparison]) -> Table:
         if line.error:
             table.add_row(*names[:2], f"{line.peer} did not run: {line.error}")
             continue
-        figures = _digits(line.peer_ms, line.our_ms, line.times_as_fast)
+        figures = digits(line.peer_ms, line.our_ms, line.times_as_fast)
         table.add_row(*names, *figures, *map(str, (line.checked, line.peer_larger, line.ours_larger)))
     return table
-
-
-def _table(texts: tuple[str, ...], figures: tuple[str, ...]) -> Table:
-    """Texts wrap where the terminal is narrow, figures never do."""
-    table = Table(box=box.SIMPLE_HEAD, padding=0)
-    for column in texts:
-        table.add_column(column, overflow="fold")
-    for column in figures:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _digits(*figures: float | None) -> list[str]:
-    """Three digits each, without an exponent: from microseconds to minutes, from one percent to a thousandth of it."""
-    return [f"{figure:.{max(0, 2 - math.floor(math.log10(figure)))}f}" if figure else "" for figure in figures]
 
 
 def _counts(plan: Plan, rows: list[Row]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The weights that are quantized: the linear layers of named models, and shapes given by hand."""
+"""The weights of a benchmark: the linear layers of named models, and shapes given by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A weight to quantize: (N, K), or (experts, N, K). The name is empty if only the shape was given."""
+    """A weight: (N, K), or (experts, N, K). The name is empty if only the shape was given."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,23 +52,25 @@ MODELS = {
 SMALL = "1024x2560"  # every search of it takes a second at most by the PyTorch reference on one core
 
 
-def choose_layers(models: list[str], shapes: list[str], block_size: int) -> list[Layer]:
+def choose_layers(models: list[str], shapes: list[str], block_size: int, experts: bool = True) -> list[Layer]:
     """The layers of the models named, then the shapes, such as 2560x9728 or 128x1536x2048.
 
+    experts: whether weights (experts, N, K) are wanted; if not, those of a model are left out.
+
     Raises:
-        ValueError: there is no such model; a shape is not two or three sizes, K a multiple of block_size.
+        ValueError: there is no such model; a shape is not two sizes (or three), K a multiple of block_size.
     """
     for model in models:
         if model not in MODELS:
             raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {model!r}")
     chosen = [layer for model in dict.fromkeys(models) for layer in MODELS[model].layers(model)]
-    return chosen + [_parse_shape(text, block_size) for text in dict.fromkeys(shapes)]
+    chosen = [layer for layer in chosen if experts or len(layer.shape) == 2]
+    return chosen + [_parse_shape(text, block_size, experts) for text in dict.fromkeys(shapes)]
 
 
-def _parse_shape(text: str, block_size: int) -> Layer:
+def _parse_shape(text: str, block_size: int, experts: bool) -> Layer:
     sizes = tuple(map(int, text.split("x"))) if re.fullmatch(r"\d+x\d+(x\d+)?", text) else ()
-    if not sizes or 0 in sizes or sizes[-1] % block_size:
-        raise ValueError(
-            f"--shape must be NxK or ExNxK (experts) with K a multiple of {block_size}, such as 2560x9728, got {text!r}"
-        )
+    if not sizes or 0 in sizes or sizes[-1] % block_size or len(sizes) > 2 + experts:
+        wanted = "NxK or ExNxK (experts)" if experts else "NxK"
+        raise ValueError(f"--shape must be {wanted} with K a multiple of {block_size}, such as 2560x9728, got {text!r}")
     return Layer("", sizes)

@@ -1,0 +1,1 @@
+"""`qwantize bench matmul`, a part a file; command.py is the door."""
