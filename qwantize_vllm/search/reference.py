@@ -261,18 +261,22 @@ class _QuadraticSearch:
         while bool(going.any()):
             residual, y = self._try(code.clamp(max=E4M3_CODES), going)
             lost = (self.bound * residual.square_()).mul_(y < 0.5).sum(dim=1)
-            going &= (lost < self.best_error) & (code < E4M3_CODES)
+            going &= self._may_win(lost) & (code < E4M3_CODES)
             going &= z_amax > 0.25 * self._scale(code.clamp(max=E4M3_CODES))[:, 0]
             code = code + 1
         code, going = first - 1, first > 1
         while bool(going.any()):
             scale = self._scale(code.clamp(min=1))
             excess = (self.magnitude - E2M1_MAX * self.errors.g * scale).clamp_(min=0)
-            going &= (self.bound * excess.square_()).sum(dim=1) < self.best_error
+            going &= self._may_win((self.bound * excess.square_()).sum(dim=1))
             self._try(code.clamp(min=1), going)
             code = code - 1
             going &= code >= 1
         return self.best
+
+    def _may_win(self, lower_bound: torch.Tensor) -> torch.Tensor:
+        # Without a bound not even an error of 0 ends the search: an H that is not positive semidefinite goes below.
+        return (lower_bound < self.best_error) | (self.dtype == torch.float64)
 
     def _scale(self, code: torch.Tensor) -> torch.Tensor:
         return self.errors.values[code - 1][:, None]

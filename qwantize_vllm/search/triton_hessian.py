@@ -150,21 +150,25 @@ def _search(scaled, z, unit, form_ptr, bound, SINGULAR: tl.constexpr):
             going = going & (lost < best_error)
         code += 1
     code = first
-    going = _continues_down(scaled, unit, code, bound, best_error, code > 1)
+    going = code > 1
+    if not SINGULAR:
+        going = going & _may_win_below(scaled, unit, code, bound, best_error)
     while tl.max(going.to(tl.int32), axis=0) > 0:
         code = tl.maximum(code - 1, 1)
         value, _ = _nearest(z, code, CLIPS=True)
         best, best_error = _better(scaled, value, unit, form, going, code, best, best_error, SINGULAR)
-        going = _continues_down(scaled, unit, code, bound, best_error, going & (code > 1))
+        going = going & (code > 1)
+        if not SINGULAR:
+            going = going & _may_win_below(scaled, unit, code, bound, best_error)
     return best
 
 
 @triton.jit
-def _continues_down(scaled, unit, code, bound, best_error, going):
+def _may_win_below(scaled, unit, code, bound, best_error):
     """Whether the code below a code can still win: the bound by its clipping is less than the best error."""
     limit = 6.0 * e4m3_value(tl.maximum(code - 1, 1)) * unit
     excess = tl.maximum(tl.abs(scaled) - spread(limit, scaled), 0.0)
-    return going & (tl.sum(bound * excess * excess, axis=1) < best_error)
+    return tl.sum(bound * excess * excess, axis=1) < best_error
 
 
 @triton.jit

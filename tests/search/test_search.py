@@ -106,6 +106,15 @@ def make_hessians(count, block_size):
     return hessian
 
 
+def test_a_hessian_that_is_not_positive_semidefinite_is_searched_whole(search):
+    weight = make_weight("gaussian", 40, 16)
+    hessian = torch.diag(torch.linspace(-1, 1, 16))[None]
+    q = search(weight, "hessian", hessian=hessian)
+    got, least = quadratic(residuals(weight, q), hessian), least_quadratic(weight, q, hessian)
+    assert (least < 0).sum() > 20
+    assert (got <= least + 1e-4 * least.abs()).all()
+
+
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("scale_search", ["naive", "optimal", "hessian"])
 def test_kernel_agrees_with_the_reference(kernel_on, dtype, scale_search):
