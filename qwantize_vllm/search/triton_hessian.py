@@ -5,8 +5,9 @@ A thread takes one block of a row; the blocks of a program are in one column and
     r(s) = z - value(nearest q, s),    error(s) = r(s)' H r(s),    z = w/g
 
 `triton_hessian_form.py` finds weights d with r'Hr >= sum d_i r_i^2. The search starts at the smallest
-code with 7*s >= max|z| and walks up, then down, until such a bound reaches the best error of every
-block of the tile. All are parts of sum d_i r_i^2:
+code with 6.9*s >= max|z|, where everything is below 7*s and still rounds to 6*s at most, and walks up,
+then down, until such a bound reaches the best error of every block of the tile. All are parts of
+sum d_i r_i^2:
 
     up    sum d_i r_i^2 over |z_i| < s/2: r_i is the distance to 0 or to s/2, whichever is less, and s/2
           only moves away; and at the latest where all of the block rounds to zero
@@ -135,7 +136,7 @@ def _search(scaled, z, unit, form_ptr, bound, SINGULAR: tl.constexpr):
     form = _load_form(form_ptr, z.shape[1], SINGULAR)
     bound = tl.broadcast_to(bound[None, :], z.shape)
     amax = tl.max(tl.abs(z), axis=1)
-    first = e4m3_ceil(amax * 0.14285715)
+    first = e4m3_ceil(amax * (1 / 6.9))
     code, best = first, first
     best_error = tl.full(first.shape, float("inf"), tl.float64 if SINGULAR else tl.float32)
     going = code > 0

@@ -106,6 +106,18 @@ def make_hessians(count, block_size):
     return hessian
 
 
+def test_hessian_search_of_blocks_that_reach_seven_scales(search):
+    """A quotient of 7 is as near to 8, which E2M1 does not have: were it to round there, r would change its sign."""
+    weight = make_weight("gaussian", 126, 16) * 50  # at most 4 or so
+    weight[:, 3] = 7
+    weight *= e4m3_values()[:, None]
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)) + 1
+    hessian = (x.mT @ x)[None]
+    q = search(weight, "hessian", 16, "none", hessian=hessian)
+    got, least = quadratic(residuals(weight, q), hessian), least_quadratic(weight, q, hessian)
+    assert (got <= least * (1 + 1e-4)).all()
+
+
 def test_a_hessian_that_is_not_positive_semidefinite_is_searched_whole(search):
     weight = make_weight("gaussian", 40, 16)
     hessian = torch.diag(torch.linspace(-1, 1, 16))[None]
