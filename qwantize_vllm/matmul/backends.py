@@ -12,6 +12,7 @@ import torch
 
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.cpu import matmul_cpu
+from qwantize_vllm.matmul.cpu_fused import matmul_cpu_fused, why_not_fused
 from qwantize_vllm.matmul.reference import matmul_reference
 
 Matmul = Callable[[torch.Tensor, Nvfp4Tensor, torch.Tensor | None], torch.Tensor]
@@ -20,6 +21,7 @@ Matmul = Callable[[torch.Tensor, Nvfp4Tensor, torch.Tensor | None], torch.Tensor
 # Measured on 9 (H200); elsewhere, AMD included, a cautious guess until someone measures it.
 _FUSED_TOKENS = {9: 32}
 _FUSED_TOKENS_ELSEWHERE = 16
+_CPU_FUSED_TOKENS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,7 @@ _HALF = (torch.bfloat16, torch.float16)
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(matmul_reference, (torch.float32, *_HALF), needs_gpu=False),
     "cpu": Backend(matmul_cpu, (torch.float32, *_HALF), needs_gpu=False),
+    "cpu_fused": Backend(matmul_cpu_fused, (torch.float32, *_HALF), needs_gpu=False),
     "dequantize": Backend(_dequantize, (torch.float32, *_HALF), needs_gpu=True),
     "fused": Backend(_fused, _HALF, needs_gpu=True),
 }
@@ -69,6 +72,8 @@ BACKENDS: dict[str, Backend] = {
 
 def choose_backend(x: torch.Tensor) -> str:
     """Name of the backend that serves x (M, K): the table behind `backend="auto"`."""
+    if x.is_cpu and x.shape[0] <= _CPU_FUSED_TOKENS and why_not_fused() is None:
+        return "cpu_fused"
     if not x.is_cuda:
         return "cpu"  # plain PyTorch, so right on every other device too
     limit = _FUSED_TOKENS_ELSEWHERE
