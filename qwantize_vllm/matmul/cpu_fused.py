@@ -25,30 +25,42 @@ def matmul_cpu_fused(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None)
     m, (n, k) = x.shape[0], q.shape
     y = torch.empty(m, n, dtype=torch.float32)
     if y.numel():
-        halves, codes, scales = _even_and_odd(x), _rows(q.codes), _rows(q.block_scales)
+        variant = _variant(x.dtype)
+        inputs = _rows(x) if variant == "pairs" else _even_and_odd(x)
+        codes, scales = _rows(q.codes), _rows(q.block_scales)
         turns = -(-m // _TOKENS_AT_ONCE)
-        tensors = (halves, codes, scales, _half_scales(), q.global_scale, y)
+        tensors = (inputs, codes, scales, _half_scales(), q.global_scale, y)
         job = FusedJob(
             *(tensor.data_ptr() for tensor in tensors),
-            *(m, n, k // 2, halves.shape[2], codes.stride(0), scales.stride(0), 0),
+            *(m, n, k // 2, inputs.stride(0) * inputs.element_size(), codes.stride(0), scales.stride(0), 0),
         )
-        compiled(-(-m // turns), q.block_size)(job, m * n * k)
+        compiled(-(-m // turns), q.block_size, variant)(job, m * n * k)
     if bias is not None:
         y += bias
     return y.to(x.dtype)
 
 
 @functools.cache
-def compiled(tokens: int, block_size: int, decode: str = "") -> Kernel:
-    """The kernel that takes `tokens` rows of x at a time; compiled in some 0.1 s when it is first needed.
+def compiled(tokens: int, block_size: int, variant: str) -> Kernel:
+    """The kernel that takes `tokens` rows of x at a time; compiled in some 0.1 s when it is first needed."""
+    from qwantize_vllm.matmul import llvm_decode, llvm_fused, llvm_products, llvm_run
 
-    decode: "permutation", "shift", or "" for the faster one that this machine has.
-    """
-    from qwantize_vllm.matmul import llvm_decode, llvm_fused, llvm_run
+    variants: dict[str, llvm_products.Products] = {
+        "pairs": llvm_products.PairProducts(llvm_decode.decode_by_permutation),
+        "permutation": llvm_products.FloatProducts(llvm_decode.decode_by_permutation),
+        "shift": llvm_products.FloatProducts(llvm_decode.decode_by_shift),
+    }
+    return llvm_run.Kernel(str(llvm_fused.FusedCode(tokens, block_size, variants[variant]).module), "fused")
 
-    decode = decode or ("permutation" if llvm_run.has_avx512() else "shift")
-    decoders = {"permutation": llvm_decode.decode_by_permutation, "shift": llvm_decode.decode_by_shift}
-    return llvm_run.Kernel(str(llvm_fused.FusedCode(tokens, block_size, decoders[decode]).module), "fused")
+
+@functools.cache
+def _variant(dtype: torch.dtype) -> str:
+    """The fastest that this machine has for x of this dtype."""
+    from qwantize_vllm.matmul.llvm_run import has
+
+    if dtype == torch.bfloat16 and has("avx512bf16"):
+        return "pairs"
+    return "permutation" if has("avx512f") else "shift"
 
 
 @functools.cache

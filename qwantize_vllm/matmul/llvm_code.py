@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from llvmlite import ir
 
 LANES = 16
-INT8, INT32, INT64, FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+FLOAT = ir.FloatType()
 INT32S, FLOATS = ir.VectorType(INT32, LANES), ir.VectorType(FLOAT, LANES)
 
 

@@ -1,12 +1,8 @@
 """Decode and multiply in one loop on a CPU: for few tokens, where reading the weight is the cost.
 
-A step takes 16 bytes of a row, 32 weights: the low nibbles are the even k, the high ones the odd k. x
-comes as float32 in the same two halves, so a step is, for each token, two products of 16 lanes
-
-    sum[lane] += low(byte[lane]) * scale * x_even[lane]  +  high(byte[lane]) * scale * x_odd[lane]
-
-and the row ends with the sum over lanes, times the global scale, all in float32. value * scale is exact.
-Two rows are taken at once, so that every x read serves both.
+A step takes 16 bytes of a row, 32 weights, and adds their products with every token's x to 16 float32
+lanes; `llvm_products.py` has the two ways to do that. The row ends with the sum over lanes, times the
+global scale, in float32. Two rows are taken at once, so that every x read serves both.
 """
 
 from __future__ import annotations
@@ -16,7 +12,8 @@ import ctypes
 from llvmlite import ir
 
 from qwantize_vllm.matmul.llvm_code import FLOAT, FLOATS, LANES, Code, int64
-from qwantize_vllm.matmul.llvm_decode import Decode, read_codes, read_scales
+from qwantize_vllm.matmul.llvm_decode import read_codes, read_scales
+from qwantize_vllm.matmul.llvm_products import Products
 
 _ROWS = 2
 _ROWS_A_TURN = 32  # that a thread takes at once
@@ -25,7 +22,7 @@ _ROWS_A_TURN = 32  # that a thread takes at once
 class FusedJob(ctypes.Structure):
     """Arguments of the kernel, addresses and numbers.
 
-    x: float32 (m, 2, padded_bytes): even k, odd k, zeros behind row_bytes; padded_bytes a multiple of 16.
+    x: (m, ...) as the kernel's `Products` take it, x_stride bytes a token.
     codes, scales: bytes (n, row_bytes) and (n, row_bytes * 2 / block_size), rows at their strides.
     table: float32 (256,), half the value of each E4M3 byte, as codes are decoded to twice theirs.
     global_scale: float32 (). y: float32 (m, n), written. next_row: 0.
@@ -33,7 +30,7 @@ class FusedJob(ctypes.Structure):
 
     NAMES = (
         *("x", "codes", "scales", "table", "global_scale", "y"),
-        *("m", "n", "row_bytes", "padded_bytes", "codes_stride", "scales_stride", "next_row"),
+        *("m", "n", "row_bytes", "x_stride", "codes_stride", "scales_stride", "next_row"),
     )
     _fields_ = [(name, ctypes.c_int64) for name in NAMES]
 
@@ -41,9 +38,9 @@ class FusedJob(ctypes.Structure):
 class FusedCode(Code):
     """The kernel for `tokens` rows of x at a time. The name of the function is "fused"."""
 
-    def __init__(self, tokens: int, block_size: int, decode: Decode) -> None:
+    def __init__(self, tokens: int, block_size: int, products: Products) -> None:
         super().__init__("fused")
-        self.tokens, self.block_size, self.decode = tokens, block_size, decode
+        self.tokens, self.block_size, self.products = tokens, block_size, products
         self.job = job = self.fields(FusedJob.NAMES)
         self.global_scale = self.read(job.global_scale, FLOAT)
         self.whole_bytes = self.and_(job.row_bytes, int64(-LANES))
@@ -67,7 +64,7 @@ class FusedCode(Code):
             (self.add(job.codes, self.mul(i, job.codes_stride)), self.add(job.scales, self.mul(i, job.scales_stride)))
             for i in rows
         ]
-        xs = [self.add(job.x, self.mul(i, self.shl(job.padded_bytes, int64(3)))) for i in tokens]
+        xs = [self.add(job.x, self.mul(i, job.x_stride)) for i in tokens]
         zeros = [ir.Constant(FLOATS, [0.0] * LANES)] * (len(rows) * len(tokens))
         sums = self.loop(
             int64(0), self.whole_bytes, LANES, lambda byte, sums: self._step(weights, xs, byte, LANES, sums), zeros
@@ -83,18 +80,13 @@ class FusedCode(Code):
             self.store(self.fmul(self.sum_of_lanes(lanes), self.global_scale), self.pointer(address, FLOAT))
         return ()
 
-    def _step(self, weights: list, xs: list, byte: ir.Value, count: int, sums: list) -> list:
+    def _step(self, rows: list, xs: list, byte: ir.Value, count: int, sums: list) -> list:
         """Add the products of `count` bytes, rows in the outer and tokens in the inner order of `sums`."""
-        offset, half = self.shl(byte, int64(2)), self.shl(self.job.padded_bytes, int64(2))
-        pairs = [(self.add(x, offset), self.add(self.add(x, half), offset)) for x in xs]
-        inputs = [(self.read(even, FLOATS), self.read(odd, FLOATS)) for even, odd in pairs]
-        products = []
-        for codes, scales in weights:
+        inputs = [self.products.inputs(self, x, self.job.x_stride, byte, count) for x in xs]
+        pairs = []
+        for codes, scales in rows:
             packed = read_codes(self, self.add(codes, byte), count)
             scale = read_scales(self, self.job.table, scales, byte, self.block_size, count)
-            low, high = (self.fmul(self.decode(self, packed, nibble), scale) for nibble in (0, 1))
-            products += [(low, even, high, odd) for even, odd in inputs]
-        return [
-            self.multiply_add(high, odd, self.multiply_add(low, even, total))
-            for (low, even, high, odd), total in zip(products, sums, strict=True)
-        ]
+            weights = self.products.weights(self, packed, scale)
+            pairs += [(weights, x) for x in inputs]
+        return [self.products.add(self, total, *pair) for pair, total in zip(pairs, sums, strict=True)]

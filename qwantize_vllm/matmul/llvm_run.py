@@ -37,8 +37,9 @@ class Kernel:
 
 
 @functools.cache
-def has_avx512() -> bool:
-    return bool(binding.get_host_cpu_features().get("avx512f", False))
+def has(feature: str) -> bool:
+    """Whether this machine has what LLVM calls `feature`, for example "avx512f"."""
+    return bool(binding.get_host_cpu_features().get(feature, False))
 
 
 def _machine() -> Any:
