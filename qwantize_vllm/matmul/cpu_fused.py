@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qwantize_vllm.matmul.llvm_run import Kernel
 
 logger = logging.getLogger(__name__)
-_LANES = 16
+_LANES = 16  # of llvm_code.py, which cannot be imported without llvmlite
 _TOKENS_AT_ONCE = 8  # with two rows, 16 sums and what they are made of fit the 32 vector registers
 
 
@@ -23,7 +23,7 @@ def matmul_cpu_fused(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None)
     from qwantize_vllm.matmul.llvm_fused import FusedJob
 
     m, (n, k) = x.shape[0], q.shape
-    y = torch.empty(m, n, dtype=torch.float32)
+    y = torch.empty(m, n, dtype=torch.float32, device="cpu")
     if y.numel():
         variant = _variant(x.dtype)
         inputs = _rows(x) if variant == "pairs" else _even_and_odd(x)
@@ -42,7 +42,7 @@ def matmul_cpu_fused(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None)
 
 @functools.cache
 def compiled(tokens: int, block_size: int, variant: str) -> Kernel:
-    """The kernel that takes `tokens` rows of x at a time; compiled in some 0.1 s when it is first needed."""
+    """The kernel that takes `tokens` rows of x at a time; compiled in some 0.05 s when it is first needed."""
     from qwantize_vllm.matmul import llvm_decode, llvm_fused, llvm_products, llvm_run
 
     variants: dict[str, llvm_products.Products] = {
@@ -67,8 +67,10 @@ def _variant(dtype: torch.dtype) -> str:
 def why_not_fused() -> str | None:
     """Why this machine cannot run the kernel, also logged once; None where it can."""
     try:
-        q = Nvfp4Tensor(torch.zeros(1, 8).byte(), torch.ones(1, 1).to(torch.float8_e4m3fn), torch.tensor(1.0))
-        matmul_cpu_fused(torch.zeros(1, 16), q, None)
+        zeros = torch.zeros(1, 16, dtype=torch.bfloat16, device="cpu")
+        scale = torch.ones((), device="cpu")
+        q = Nvfp4Tensor(zeros[:, :8].byte(), scale.view(1, 1).to(torch.float8_e4m3fn), scale)
+        matmul_cpu_fused(zeros, q, None)
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
         logger.warning("qwantize: decoding on the CPU will be slow, its kernel cannot be compiled here: %s", reason)
@@ -80,7 +82,7 @@ def _even_and_odd(x: torch.Tensor) -> torch.Tensor:
     """float32 (M, 2, K/2 rounded up to whole steps of the kernel): x's even k, its odd k, zeros behind."""
     m, half = x.shape[0], x.shape[1] // 2
     padded = -(-half // _LANES) * _LANES
-    halves = torch.empty(m, 2, padded, dtype=torch.float32)
+    halves = torch.empty(m, 2, padded, dtype=torch.float32, device="cpu")
     halves[:, :, :half] = x.unflatten(1, (half, 2)).mT
     halves[:, :, half:] = 0
     return halves

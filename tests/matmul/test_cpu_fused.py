@@ -145,6 +145,18 @@ def test_without_a_compiler_strips_serve_and_one_line_says_why(monkeypatch, capl
     assert "No module named 'llvmlite'" in caplog.text
 
 
+def test_a_default_device_does_not_reach_the_kernel():
+    q, x = weight_and_input()
+    wanted = matmul_nvfp4(x, q, backend="cpu_fused")
+    cpu_fused.why_not_fused.cache_clear()
+    with torch.device("meta"):
+        assert torch.equal(matmul_nvfp4(x, q), wanted)
+
+
+def test_memory_that_is_not_the_cpus_is_refused():
+    assert "on the CPU" in backends.BACKENDS["cpu_fused"].why_not(torch.zeros(1, 16, device="meta"))
+
+
 @pytest.mark.parametrize(("triple", "cpu"), [("x86_64-linux-gnu", "haswell"), ("aarch64-linux-gnu", "neoverse-n1")])
 def test_the_portable_decoding_compiles_for_other_machines(triple, cpu):
     from qwantize_vllm.matmul.llvm_decode import decode_by_shift
