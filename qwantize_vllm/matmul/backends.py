@@ -21,7 +21,7 @@ Matmul = Callable[[torch.Tensor, Nvfp4Tensor, torch.Tensor | None], torch.Tensor
 # Measured on 9 (H200); elsewhere, AMD included, a cautious guess until someone measures it.
 _FUSED_TOKENS = {9: 32}
 _FUSED_TOKENS_ELSEWHERE = 16
-# On a CPU the fused kernel is 8 to 14 times as fast as strips at 1 token, 3 times at 32, 1.1 times at 128 (layers of
+# On a CPU the fused kernel is 7 to 14 times as fast as strips at 1 token, 3 times at 32, 1.1 times at 128 (layers of
 # SmolLM2, one AVX-512 core). It ends at 32 all the same: prompts are left to the strips, which have the bits of a dense
 # layer with the dequantized weight.
 _CPU_FUSED_TOKENS = 32
