@@ -49,7 +49,7 @@ def _byte_table(dtype: torch.dtype) -> torch.Tensor:
 
 
 @functools.cache
-def _e4m3_table() -> torch.Tensor:
+def e4m3_by_byte() -> torch.Tensor:
     """(256,) float32 on the CPU: the value of every E4M3 byte."""
     return torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
 
@@ -99,7 +99,7 @@ def dequantize_rows(
 
     global_scale: float32 () or (rows,). Temporaries are several times the result: pass a strip, not a model.
     """
-    scales = _e4m3_table().to(codes.device).gather(0, block_scales.reshape(-1).view(torch.uint8).long())
+    scales = e4m3_by_byte().to(codes.device).gather(0, block_scales.reshape(-1).view(torch.uint8).long())
     values = decode_codes(codes).view(-1, block_size).mul_(scales[:, None])
     return values.view(codes.shape[0], -1).mul_(global_scale.reshape(-1, 1))
 

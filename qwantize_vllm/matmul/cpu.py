@@ -1,4 +1,4 @@
-"""x . W' on a CPU: a strip of rows is dequantized to x's dtype, multiplied, and forgotten.
+"""x . W' on a CPU: a strip of rows is dequantized to x's dtype, multiplied, and forgotten: for many tokens.
 
 The strip holds the bits of `Nvfp4Tensor.dequantize(x.dtype)`, so the result is that of a dense layer
 with the dequantized weight.

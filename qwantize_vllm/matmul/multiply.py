@@ -18,8 +18,8 @@ def matmul_nvfp4(
         x: (..., K) bfloat16, float16 or float32; any strides, any number of tokens, none included.
         q: unbatched, of shape (N, K), on x's device.
         bias: (N,), any float dtype.
-        backend: "auto" chooses by device and number of tokens; "reference", "cpu", "dequantize" and
-            "fused" are those of `matmul/backends.py`.
+        backend: "auto" chooses by device and number of tokens; "reference", "cpu", "cpu_fused",
+            "dequantize" and "fused" are those of `matmul/backends.py`.
 
     Returns:
         (..., N) in x's dtype. Products accumulate in float32.
