@@ -12,11 +12,7 @@ import dataclasses
 import torch
 
 from qwantize_vllm.format import e4m3_values
-
-# Bounds of the promise, see quantize_nvfp4.
-SSE_TOLERANCE = 1e-5
-HESSIAN_TOLERANCE = 1e-4
-HESSIAN_FLOOR = 1e-7  # of tr(H)*|r|^2
+from qwantize_vllm.search.brute_force import QUADRATIC_FLOOR, QUADRATIC_TOLERANCE, SSE_TOLERANCE
 
 
 def nearest_e2m1(y: torch.Tensor) -> torch.Tensor:
@@ -82,7 +78,7 @@ class Measure:
         if self.hessian is None:
             return SSE_TOLERANCE * least
         trace = self.hessian.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-        return HESSIAN_TOLERANCE * least + HESSIAN_FLOOR * trace[:, None] * energy
+        return QUADRATIC_TOLERANCE * least + QUADRATIC_FLOOR * trace[:, None] * energy
 
 
 def measure_by(hessian: torch.Tensor | None) -> Measure:

@@ -25,7 +25,7 @@ class BlockHessianSum:
         check_block_size(block_size)
         if k % block_size:
             raise ValueError(f"K must be a multiple of block_size {block_size}, got {k}")
-        self.total = torch.zeros(k // block_size, block_size, block_size, device=device)
+        self.total = torch.zeros(k // block_size, block_size, block_size, dtype=torch.float32, device=device)
         self.tokens = 0
 
     def add(self, activations: torch.Tensor) -> None:

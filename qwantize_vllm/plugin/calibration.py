@@ -29,6 +29,7 @@ class CalibrationWorker:
     def qwantize_start(self, block_size: int) -> list[str]:
         """Hang the hooks; returns the names of linear layers that are left out, K not being a multiple of the block."""
         self._qwantize_sums: dict[str, tuple[int, BlockHessianSum]] = {}
+        self._qwantize_block_size = block_size
         left = []
         for path, layer in self.model_runner.get_model().named_modules():
             if not isinstance(layer, LinearBase):
@@ -51,8 +52,7 @@ class CalibrationWorker:
         names = {f"{rank:05d} {name}": hessian.total.cpu() for name, (rank, hessian) in sums.items()}
         with tempfile.NamedTemporaryFile(dir=directory, suffix=".safetensors", delete=False) as file:
             path = file.name
-        block_size = next(iter(names.values())).shape[-1] if names else 16
-        save_hessians(path, names, block_size)
+        save_hessians(path, names, self._qwantize_block_size)
         return path, {name: hessian.tokens for name, (_, hessian) in sums.items()}
 
 
@@ -131,7 +131,7 @@ def _check_tokens(seen: dict[str, int], tokens: int) -> None:
 def _joined(paths: list[str]) -> dict[str, torch.Tensor]:
     """The layers' Hessians, the parts of those that are sharded along K one after the other."""
     parts: dict[str, list[torch.Tensor]] = {}
-    keyed = {key: HessianFile(path) for path in paths for key in HessianFile(path).names}
+    keyed = {key: file for file in map(HessianFile, paths) for key in file.names}
     for key in sorted(keyed):  # by rank, then name
         parts.setdefault(key.partition(" ")[2], []).append(keyed[key].read_all(key))
     return {name: torch.cat(each) for name, each in sorted(parts.items())}

@@ -86,7 +86,11 @@ def search_nvfp4(
 def matrix_amax(weight: torch.Tensor) -> torch.Tensor:
     """max|weight| of each (N, K) matrix, float32 in the batch shape, NaN where one is NaN; one pass."""
     if weight.numel() == 0:
-        return torch.zeros(weight.shape[:-2], device=weight.device)
+        return torch.zeros(weight.shape[:-2], dtype=torch.float32, device=weight.device)
+    if _use_triton(weight, "auto") and weight.is_contiguous() and weight.shape[-2:].numel() % 2 == 0:
+        from qwantize_vllm.search.triton_amax import matrix_amax_triton
+
+        return matrix_amax_triton(weight.view(-1, *weight.shape[-2:])).view(weight.shape[:-2])
     low, high = torch.aminmax(weight.flatten(-2), dim=-1)
     return torch.maximum(-low, high).float()
 

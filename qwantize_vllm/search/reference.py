@@ -188,7 +188,7 @@ def _search_hessian(
     """E4M3 codes uint8 (N, K/block_size) of the least r'Hr."""
     n, k = weight.shape
     scales = torch.empty(n, k // block_size, dtype=torch.uint8, device=weight.device)
-    columns = weight.view(n, -1, block_size) if weight.is_contiguous() else weight.reshape(n, -1, block_size)
+    columns = weight.reshape(n, k // block_size, block_size)
     form = normalize_hessian(hessian)
     bound = diagonal_bound(form)
     singular = bound.amax(dim=-1) == 0
@@ -208,7 +208,7 @@ def normalize_hessian(hessian: torch.Tensor) -> torch.Tensor:
     that is zero. Exact, but for entries that underflow; errors keep their order."""
     peak = hessian.diagonal(dim1=-2, dim2=-1).amax(dim=-1)[..., None, None].double()
     _, exponent = torch.frexp(peak)
-    identity = torch.eye(hessian.shape[-1], device=hessian.device)
+    identity = torch.eye(hessian.shape[-1], dtype=torch.float32, device=hessian.device)
     scaled = hessian.double() * torch.ldexp(torch.ones_like(peak), -exponent)
     return torch.where(peak > 0, scaled.float(), identity)
 

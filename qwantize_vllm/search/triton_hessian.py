@@ -147,8 +147,8 @@ def _search(scaled, z, unit, form_ptr, bound, SINGULAR: tl.constexpr):
         going = going & (amax > 0.25 * e4m3_value(code)) & (code < 126)
         if not SINGULAR:
             residual = tl.fma(value, tl.full(z.shape, 0.0, tl.float32) - unit, scaled)
-            lost = tl.sum(tl.where(tl.abs(y) < 0.5, bound * residual * residual, 0.0), axis=1)
-            going = going & (lost < best_error)
+            near_zero = tl.where(tl.abs(y) < 0.5, residual, 0.0)
+            going = going & (tl.sum(bound * near_zero * near_zero, axis=1) < best_error)
         code += 1
     code = first
     going = code > 1

@@ -26,8 +26,7 @@ def prepare_hessian(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hessian: float32 (E, J, block, block), the last two contiguous.
     """
     e, j, size, _ = hessian.shape
-    form = torch.empty(e, j, size, size, device=hessian.device)
-    weight = torch.empty(e, j, size, device=hessian.device)
+    form, weight = torch.empty_like(hessian, memory_format=torch.contiguous_format), hessian.new_empty(e, j, size)
     if e * j:
         _prepare_hessian_kernel[(e * j,)](
             hessian, form, weight, j, hessian.stride(0), hessian.stride(1), SIZE=size, num_warps=1

@@ -43,6 +43,9 @@ from qwantize_vllm.search.triton_tiles import launch_shape, load_blocks, store_b
 # leaves its loops when the last of them does. Regenerate with `python scripts/tune_search.py`.
 LAUNCH_SHAPES = {9: (32, 1)}
 
+# CUDA's limit for the second axis of a grid.
+_MATRICES_A_LAUNCH = 65535
+
 # Magnitudes are kept in units of g' * 2^30, so that 1/scale * 2^-126 and its parts are normal numbers.
 _2_POW_MINUS_30 = tl.constexpr(2.0**-30)
 _2_POW_30 = tl.constexpr(2.0**30)
@@ -71,14 +74,14 @@ def search_sse(
     blocks = n * (k // block_size)
     if weight.numel():
         tile, warps = launch_shape(LAUNCH_SHAPES, weight.device, blocks)
-        tiles = triton.cdiv(blocks, tile)
-        _search_sse_kernel[(tiles * e,)](
-            weight,
-            global_scale,
-            codes,
-            scales,
+    for first in range(0, e if weight.numel() else 0, _MATRICES_A_LAUNCH):
+        part = slice(first, first + _MATRICES_A_LAUNCH)
+        _search_sse_kernel[(triton.cdiv(blocks, tile), len(weight[part]))](
+            weight[part],
+            global_scale[part],
+            codes[part],
+            scales[part],
             blocks,
-            tiles,
             k // block_size,
             *weight.stride(),
             BLOCK_SIZE=block_size,
@@ -98,7 +101,6 @@ def _search_sse_kernel(
     codes_ptr,
     scales_ptr,
     blocks,
-    tiles,
     blocks_per_row,
     stride_e,
     stride_n,
@@ -108,9 +110,9 @@ def _search_sse_kernel(
     OPTIMAL: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """blocks and tiles of one matrix; WHOLE: its rows follow each other without gaps."""
-    matrix = (tl.program_id(0) // tiles).to(tl.int64)
-    block = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
+    """blocks: of one matrix; WHOLE: its rows follow each other without gaps."""
+    matrix = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = block < blocks
     if WHOLE:
         start = block.to(tl.int64) * BLOCK_SIZE

@@ -7,11 +7,11 @@ import torch
 
 from qwantize_vllm import quantize_nvfp4
 from qwantize_vllm.format import FLOAT_DTYPES, e4m3_values, round_to_e2m1, unpack_codes
+from qwantize_vllm.search.brute_force import SSE_TOLERANCE
 from tests.devices import kernel_device
 from tests.numbers import least_quadratic, least_sse, make_weight, quadratic, residuals, scaled, sse
 
 KINDS = ["gaussian", "student", "uniform", "sparse", "outlier", "million", "denormal", "zero", "grid"]
-SSE_TOLERANCE = 1e-5
 
 
 @pytest.fixture(params=["reference", "interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -177,6 +177,32 @@ def test_a_hessian_or_nothing_is_shared_by_experts(search, scale_search):
     q = search(weight, scale_search, hessian=hessian)
     for i in range(3):
         assert torch.equal(q[i].codes, search(weight[i], scale_search, hessian=hessian).codes)
+
+
+@pytest.mark.parametrize("scale_search", ["naive", "optimal", "hessian"])
+def test_results_do_not_depend_on_the_default_dtype(search, scale_search):
+    """vLLM builds and loads models under a default dtype of theirs."""
+    weight = make_weight("gaussian", 7, 32, torch.bfloat16)
+    hessian = make_hessians(6, 16)[4:] if scale_search == "hessian" else None
+    wanted = search(weight, scale_search, hessian=hessian)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        q = search(weight, scale_search, hessian=hessian)
+        empty = search(weight[:0], scale_search, hessian=hessian)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(q.codes, wanted.codes)
+    assert torch.equal(q.block_scales.view(torch.uint8), wanted.block_scales.view(torch.uint8))
+    assert q.global_scale == wanted.global_scale
+    assert q.global_scale.dtype == empty.global_scale.dtype == torch.float32
+
+
+def test_more_matrices_than_a_grid_has_room_for(kernel_on, monkeypatch):
+    triton_sse = pytest.importorskip("qwantize_vllm.search.triton_sse")
+    weight = torch.stack([make_weight("gaussian", 2, 32, seed=i) for i in range(5)]).to(kernel_on)
+    wanted = quantize_nvfp4(weight, backend="triton")
+    monkeypatch.setattr(triton_sse, "_MATRICES_A_LAUNCH", 2)
+    assert torch.equal(quantize_nvfp4(weight, backend="triton").codes, wanted.codes)
 
 
 def test_a_given_global_scale_is_used(search):

@@ -10,6 +10,8 @@ import triton.language as tl  # noqa: E402
 
 from qwantize_vllm.format import e2m1_values, e4m3_values, round_to_e2m1  # noqa: E402
 from qwantize_vllm.search import triton_numbers as numbers  # noqa: E402
+from qwantize_vllm.search.quantize import matrix_amax  # noqa: E402
+from qwantize_vllm.search.triton_amax import matrix_amax_triton  # noqa: E402
 
 
 @triton.jit
@@ -94,3 +96,22 @@ def test_quotients_are_correctly_rounded(kernel_on):
     x = torch.randn(n, generator=generator) * 10.0 ** torch.randint(-6, 7, (n,), generator=generator)
     divisor = torch.rand(n, generator=generator) + 1
     assert torch.equal(apply("quotient", x, divisor, device=kernel_on), x / divisor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_amax_is_that_of_pytorch(kernel_on, dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(5, 33, 64, generator=generator) * 10.0 ** torch.arange(-4, 1)[:, None, None]).to(dtype)
+    weight[3] = 0
+    weight[4, 32, 63] = -100
+    assert torch.equal(matrix_amax_triton(weight.to(kernel_on)).cpu(), weight.float().abs().amax(dim=(1, 2)))
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it loads a model
+    try:
+        assert torch.equal(matrix_amax_triton(weight.to(kernel_on)).cpu(), weight.float().abs().amax(dim=(1, 2)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    weight[0, 0, 1], weight[1, 5, 0], weight[2, 7, 7] = torch.nan, torch.inf, -torch.inf
+    amax = matrix_amax_triton(weight.to(kernel_on)).cpu()
+    assert amax.isfinite().tolist() == [False, False, False, True, True]
+    assert amax[0].isnan()
+    assert torch.equal(matrix_amax(weight).nan_to_num(), amax.nan_to_num())
