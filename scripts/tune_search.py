@@ -3,8 +3,9 @@
 
     .venv/bin/python scripts/tune_search.py
 
-The tables LAUNCH_SHAPES in qwantize_vllm/search/triton_sse.py and triton_hessian.py map the major version of the
-compute capability to (blocks, warps) of a program; paste the lines that this prints. Nothing is tuned at load time.
+NAIVE_SHAPES and OPTIMAL_SHAPES in qwantize_vllm/search/triton_sse.py, and HESSIAN_SHAPES in triton_hessian.py, map the
+major version of the compute capability to the shape of a launch; paste the lines that this prints. Nothing is tuned
+at load time.
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ from qwantize_vllm.cli.bench.clock import median_seconds
 from qwantize_vllm.cli.bench.inputs import random_hessian, random_weight
 from qwantize_vllm.search import triton_hessian, triton_sse
 from qwantize_vllm.search.quantize import ScaleSearch, matrix_amax, resolve_global_scale, search_nvfp4
+from qwantize_vllm.search.triton_tiles import LaunchShape
 
-# A warp with 32 or 64 blocks, and several such warps a program.
-CANDIDATES = [(32, 1), (64, 2), (128, 4), (256, 8), (64, 1), (128, 2), (256, 4)]
-SEARCHES: list[tuple[ScaleSearch, dict[int, tuple[int, int]]]] = [
-    ("naive", triton_sse.LAUNCH_SHAPES),
-    ("optimal", triton_sse.LAUNCH_SHAPES),
-    ("hessian", triton_hessian.LAUNCH_SHAPES),
+# A warp with 32 or 64 blocks, several such warps a program, and several tiles.
+CANDIDATES = [
+    LaunchShape(32 * warps * blocks, warps, tiles)
+    for tiles in (1, 2, 4, 8)
+    for blocks, warps in ((1, 1), (1, 2), (1, 4), (2, 1))
 ]
+SEARCHES: dict[ScaleSearch, dict[int, LaunchShape]] = {
+    "naive": triton_sse.NAIVE_SHAPES,
+    "optimal": triton_sse.OPTIMAL_SHAPES,
+    "hessian": triton_hessian.HESSIAN_SHAPES,
+}
 
 app = typer.Typer(add_completion=False)
 
@@ -44,23 +50,23 @@ def main(
     weight = random_weight((n, k), torch.bfloat16, device)
     scale = resolve_global_scale(matrix_amax(weight), "amax")
     table = Table(title=f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}), {n}x{k}, milliseconds")
-    table.add_column("blocks, warps")
+    table.add_column("blocks, warps, tiles")
     times = []
-    for search, shapes in SEARCHES:
+    for search, shapes in SEARCHES.items():
         table.add_column(search, justify="right")
         hessian = random_hessian(k, 16, device) if search == "hessian" else None
         times.append([time_shape(shapes, major, shape, search, weight, scale, hessian) for shape in CANDIDATES])
     for i, shape in enumerate(CANDIDATES):
-        table.add_row(str(shape), *(f"{1e3 * seconds[i]:.4f}" for seconds in times))
+        table.add_row(", ".join(map(str, shape)), *(f"{1e3 * seconds[i]:.4f}" for seconds in times))
     Console().print(table)
-    for name, seconds in (("triton_sse", times[1]), ("triton_hessian", times[2])):
-        print(f"{name}.LAUNCH_SHAPES: {major}: {CANDIDATES[seconds.index(min(seconds))]}")
+    for search, seconds in zip(SEARCHES, times, strict=True):
+        print(f"{search.upper()}_SHAPES: {major}: {CANDIDATES[seconds.index(min(seconds))]}")
 
 
 def time_shape(
-    shapes: dict[int, tuple[int, int]],
+    shapes: dict[int, LaunchShape],
     major: int,
-    shape: tuple[int, int],
+    shape: LaunchShape,
     search: ScaleSearch,
     weight: torch.Tensor,
     scale: torch.Tensor,

@@ -31,9 +31,10 @@ def variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     for dtype, block in itertools.product(INPUTS, (16, 32)):
         weight = {"weight_ptr": dtype, **packed}
         for optimal, whole in itertools.product((False, True), repeat=2):
-            yield _search_sse_kernel, weight, {"BLOCK_SIZE": block, "TILE": 32, "OPTIMAL": optimal, "WHOLE": whole}
+            shape = {"TILE": 32, "TILES": 1 if optimal else 4}
+            yield _search_sse_kernel, weight, {"BLOCK_SIZE": block, **shape, "OPTIMAL": optimal, "WHOLE": whole}
         prepared = {**weight, "form_ptr": "*fp32", "bound_ptr": "*fp32"}
-        yield _search_hessian_kernel, prepared, {"BLOCK_SIZE": block, "TILE": 32, "SHARED": True}
+        yield _search_hessian_kernel, prepared, {"BLOCK_SIZE": block, "TILE": 32, "TILES": 4, "SHARED": True}
         read = {"codes_ptr": "*u8", "scales_ptr": "*u8", "global_scale_ptr": "*fp32"}
         yield _dequantize_kernel, {**read, "out_ptr": dtype}, {"ROWS": 4, "BYTES": 256, "BLOCK_BYTES": block // 2}
     for block in (16, 32):
@@ -51,9 +52,11 @@ def variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         yield _reduce_kernel, pointers, {"HAS_BIAS": bias, "TILE": 1024}
 
 
-def warps(kernel: Any) -> int:
-    """A search has one warp a program, the others Triton's default."""
-    return 1 if kernel.__name__.startswith(("_search", "_prepare")) else 4
+def warps(kernel: Any, constants: dict[str, Any]) -> int:
+    """A search has one warp a program; most others Triton's default."""
+    if kernel is _prepare_hessian_kernel:
+        return constants["SIZE"] // 2
+    return 1 if kernel.__name__.startswith("_search") else 4
 
 
 def compile_all(capability: int) -> None:
@@ -62,7 +65,7 @@ def compile_all(capability: int) -> None:
         indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
         source = ASTSource(fn=kernel, signature=signature, constexprs=indexed)
         compiled = triton.compile(
-            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps(kernel)}
+            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps(kernel, constants)}
         )
         print(kernel.__name__, *pointers.values(), constants, f"{len(compiled.asm['cubin'])} bytes", flush=True)
 

@@ -36,11 +36,11 @@ from qwantize_vllm.search.triton_numbers import (
     quotient,
     spread,
 )
-from qwantize_vllm.search.triton_tiles import launch_shape, load_blocks, store_blocks
+from qwantize_vllm.search.triton_tiles import LaunchShape, launch_shape, load_blocks, store_blocks, to_float32
 
-# (blocks, warps) of a program by the major version of the compute capability. A warp holds 32 blocks: it
-# leaves its loops when the last of them does. Regenerate with `python scripts/tune_search.py`.
-LAUNCH_SHAPES = {9: (32, 1)}
+# By the major version of the compute capability. A warp holds 32 blocks: it leaves its loops when the last of
+# them does; more tiles share the loading of H. Regenerate with `python scripts/tune_search.py`.
+HESSIAN_SHAPES = {9: LaunchShape(blocks=32, warps=1, tiles=4)}
 
 # A |z| above it is beyond 6*448 already; below 7*448 it still rounds to 6 at the largest scale.
 _LARGEST_Z = tl.constexpr(3100.0)
@@ -67,9 +67,9 @@ def search_hessian(
     if weight.numel():
         shared = e == 1 or hessian.stride(0) == 0
         form, bound = prepare_hessian(hessian[:1] if shared else hessian)
-        tile, warps = launch_shape(LAUNCH_SHAPES, weight.device, n)
-        tiles = triton.cdiv(n, tile)
-        _search_hessian_kernel[(e * tiles * (k // block_size),)](
+        shape = launch_shape(HESSIAN_SHAPES, weight.device, n)
+        programs = triton.cdiv(n, shape.blocks * shape.tiles)
+        _search_hessian_kernel[(e * programs * (k // block_size),)](
             weight,
             global_scale,
             form,
@@ -77,13 +77,14 @@ def search_hessian(
             codes,
             scales,
             n,
-            tiles,
+            programs,
             k // block_size,
             *weight.stride(),
             SHARED=shared,
             BLOCK_SIZE=block_size,
-            TILE=tile,
-            num_warps=warps,
+            TILE=shape.blocks,
+            TILES=shape.tiles,
+            num_warps=shape.warps,
             enable_fp_fusion=True,  # sums of squares are a third of the arithmetic; Triton 3.10 would not fuse them
         )
     return codes.view(torch.uint8), scales
@@ -98,7 +99,7 @@ def _search_hessian_kernel(
     codes_ptr,
     scales_ptr,
     rows,
-    tiles,
+    programs,
     blocks_per_row,
     stride_e,
     stride_n,
@@ -106,34 +107,55 @@ def _search_hessian_kernel(
     SHARED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """Neighbouring programs read neighbouring columns of the same rows."""
+    """programs: how many share a column of blocks; neighbouring ones read neighbouring columns of the same rows."""
     j = (tl.program_id(0) % blocks_per_row).to(tl.int64)
-    tile = tl.program_id(0) // blocks_per_row
-    matrix = (tile // tiles).to(tl.int64)
-    row = (tile % tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = row < rows
-    start = row * stride_n + j * (BLOCK_SIZE * stride_k)
-    w = load_blocks(weight_ptr + matrix * stride_e, start, stride_k, inside, BLOCK_SIZE)
+    program = tl.program_id(0) // blocks_per_row
+    matrix = (program // programs).to(tl.int64)
+    row = (program % programs).to(tl.int64) * (TILE * TILES) + tl.arange(0, TILE)
     unit, inverse = power_of_two_below(tl.load(global_scale_ptr + matrix))
-    scaled = w * inverse
-    z = quotient(scaled, spread(unit + row * 0.0, w), spread(tl.math.div_rn(1.0, unit + row * 0.0), w))
     at = j if SHARED else matrix * blocks_per_row + j
     form_ptr += at * BLOCK_SIZE * BLOCK_SIZE
     bound = tl.load(bound_ptr + at * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE))
-    z = tl.minimum(tl.maximum(z, -_LARGEST_Z), _LARGEST_Z)
+    weight_ptr += matrix * stride_e + j * (BLOCK_SIZE * stride_k)
+    result = matrix * rows * blocks_per_row + j
     if tl.max(bound, axis=0) > 0.0:
-        code = _search(scaled, z, unit, form_ptr, bound, SINGULAR=False)
+        form = _load_form(form_ptr, BLOCK_SIZE)
+        for _ in range(TILES):
+            w, scaled, z = _load(weight_ptr, row, rows, stride_n, stride_k, unit, inverse, BLOCK_SIZE)
+            code = _search(scaled, z, unit, form, bound, SINGULAR=False)
+            _store(codes_ptr, scales_ptr, result + row * blocks_per_row, row < rows, w, z, code)
+            row += TILE
     else:
-        code = _search(scaled, z, unit, form_ptr, bound, SINGULAR=True)
-    quants = e2m1_with_sign(e2m1_encode(tl.abs(z), spread(e4m3_value(code), z)), w)
-    store_blocks(codes_ptr, scales_ptr, (matrix * rows + row) * blocks_per_row + j, inside, quants, code)
+        for _ in range(TILES):
+            w, scaled, z = _load(weight_ptr, row, rows, stride_n, stride_k, unit, inverse, BLOCK_SIZE)
+            code = _search(scaled, z, unit, form_ptr, bound, SINGULAR=True)
+            _store(codes_ptr, scales_ptr, result + row * blocks_per_row, row < rows, w, z, code)
+            row += TILE
 
 
 @triton.jit
-def _search(scaled, z, unit, form_ptr, bound, SINGULAR: tl.constexpr):
-    """E4M3 code (TILE,) of the least r'Hr; scaled = z*unit and z (TILE, BLOCK_SIZE), bound (BLOCK_SIZE,)."""
-    form = _load_form(form_ptr, z.shape[1], SINGULAR)
+def _load(weight_ptr, row, rows, stride_n, stride_k, unit, inverse, BLOCK_SIZE: tl.constexpr):
+    """Of one block of each row: its weights w, z*unit and z."""
+    w = to_float32(load_blocks(weight_ptr, row * stride_n, stride_k, row < rows, BLOCK_SIZE))
+    scaled = w * inverse
+    z = quotient(scaled, spread(unit + row * 0.0, w), spread(tl.math.div_rn(1.0, unit + row * 0.0), w))
+    return w, scaled, tl.minimum(tl.maximum(z, -_LARGEST_Z), _LARGEST_Z)
+
+
+@triton.jit
+def _store(codes_ptr, scales_ptr, block, inside, w, z, code):
+    quants = e2m1_with_sign(e2m1_encode(tl.abs(z), spread(e4m3_value(code), z)), w)
+    store_blocks(codes_ptr, scales_ptr, block, inside, quants, code)
+
+
+@triton.jit
+def _search(scaled, z, unit, form, bound, SINGULAR: tl.constexpr):
+    """E4M3 code (TILE,) of the least r'Hr; scaled = z*unit and z (TILE, BLOCK_SIZE), bound (BLOCK_SIZE,).
+
+    form: what _load_form gives, or a pointer to it where H is SINGULAR.
+    """
     bound = tl.broadcast_to(bound[None, :], z.shape)
     amax = tl.max(tl.abs(z), axis=1)
     first = e4m3_ceil(amax * (1 / 6.9))
@@ -198,12 +220,10 @@ def _nearest(z, code, CLIPS: tl.constexpr):
 
 
 @triton.jit
-def _load_form(form_ptr, BLOCK_SIZE: tl.constexpr, SINGULAR: tl.constexpr):
+def _load_form(form_ptr, BLOCK_SIZE: tl.constexpr):
     """The argument `form` of _quadratic: for blocks of 16 the coefficients of r_i r_j, i <= j, row by row, a tuple of
-    scalars; for blocks of 32, H. For _quadratic_float64, which is rare: the pointer."""
-    if SINGULAR:
-        return form_ptr
-    elif BLOCK_SIZE == 16:
+    scalars; for blocks of 32, H."""
+    if BLOCK_SIZE == 16:
         form = ()
         for i in tl.static_range(16):
             form = form + (tl.load(form_ptr + i * 16 + i),)

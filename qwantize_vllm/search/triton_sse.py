@@ -37,11 +37,12 @@ from qwantize_vllm.search.triton_numbers import (
     quotient,
     spread,
 )
-from qwantize_vllm.search.triton_tiles import launch_shape, load_blocks, store_blocks
+from qwantize_vllm.search.triton_tiles import LaunchShape, launch_shape, load_blocks, store_blocks, to_float32
 
-# (blocks, warps) of a program by the major version of the compute capability. A warp holds 32 blocks: it
-# leaves its loops when the last of them does. Regenerate with `python scripts/tune_search.py`.
-LAUNCH_SHAPES = {9: (32, 1)}
+# By the major version of the compute capability. A warp holds 32 blocks: it leaves its loops when the last of
+# them does. Regenerate with `python scripts/tune_search.py`.
+NAIVE_SHAPES = {9: LaunchShape(blocks=32, warps=1, tiles=4)}
+OPTIMAL_SHAPES = {9: LaunchShape(blocks=32, warps=1, tiles=1)}
 
 # CUDA's limit for the second axis of a grid.
 _MATRICES_A_LAUNCH = 65535
@@ -71,12 +72,14 @@ def search_sse(
     e, n, k = weight.shape
     codes = torch.empty(e, n, k // 8, dtype=torch.int32, device=weight.device)
     scales = torch.empty(e, n, k // block_size, dtype=torch.uint8, device=weight.device)
+    if not weight.numel():
+        return codes.view(torch.uint8), scales
     blocks = n * (k // block_size)
-    if weight.numel():
-        tile, warps = launch_shape(LAUNCH_SHAPES, weight.device, blocks)
-    for first in range(0, e if weight.numel() else 0, _MATRICES_A_LAUNCH):
+    shape = launch_shape(OPTIMAL_SHAPES if optimal else NAIVE_SHAPES, weight.device, blocks)
+    programs = triton.cdiv(blocks, shape.blocks * shape.tiles)
+    for first in range(0, e, _MATRICES_A_LAUNCH):
         part = slice(first, first + _MATRICES_A_LAUNCH)
-        _search_sse_kernel[(triton.cdiv(blocks, tile), len(weight[part]))](
+        _search_sse_kernel[(programs, len(weight[part]))](
             weight[part],
             global_scale[part],
             codes[part],
@@ -85,10 +88,11 @@ def search_sse(
             k // block_size,
             *weight.stride(),
             BLOCK_SIZE=block_size,
-            TILE=tile,
+            TILE=shape.blocks,
+            TILES=shape.tiles,
             OPTIMAL=optimal,
             WHOLE=weight.stride(2) == 1 and (weight.stride(1) == k or n == 1),
-            num_warps=warps,
+            num_warps=shape.warps,
             enable_fp_fusion=True,  # sums of squares are a third of the arithmetic; Triton 3.10 would not fuse them
         )
     return codes.view(torch.uint8), scales
@@ -107,44 +111,59 @@ def _search_sse_kernel(
     stride_k,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
     OPTIMAL: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """blocks: of one matrix; WHOLE: its rows follow each other without gaps."""
+    """blocks: of one matrix; TILES: how many tiles a program takes, the next one on its way while one is searched;
+    WHOLE: its rows follow each other without gaps."""
     matrix = tl.program_id(1).to(tl.int64)
+    weight_ptr += matrix * stride_e
     block = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    inside = block < blocks
+    weights = _load(weight_ptr, block, blocks, blocks_per_row, stride_n, stride_k, BLOCK_SIZE, WHOLE)
+    unit, inverse = power_of_two_below(tl.load(global_scale_ptr + matrix))
+    unit = tl.full((TILE,), 0.0, tl.float32) + unit
+    unit_inverse = tl.math.div_rn(1.0, unit)
+    for _ in range(TILES):
+        after = block + tl.num_programs(0) * TILE
+        following = _load(weight_ptr, after, blocks, blocks_per_row, stride_n, stride_k, BLOCK_SIZE, WHOLE)
+        w = to_float32(weights)
+        magnitude = tl.abs(w * (inverse * _2_POW_MINUS_30))
+        if OPTIMAL:
+            code = _search(magnitude, unit, unit_inverse)
+        else:
+            code = e4m3_snap(divide_by_six(quotient(tl.max(magnitude, axis=1), unit, unit_inverse) * _2_POW_30))
+        quants = _encode(w, magnitude, unit, unit_inverse, e4m3_value(code))
+        store_blocks(codes_ptr, scales_ptr, matrix * blocks + block, block < blocks, quants, code)
+        weights, block = following, after
+
+
+@triton.jit
+def _load(weight_ptr, block, blocks, blocks_per_row, stride_n, stride_k, BLOCK_SIZE: tl.constexpr, WHOLE: tl.constexpr):
+    """The weights of blocks (TILE,), 0 for those that are not there."""
     if WHOLE:
         start = block.to(tl.int64) * BLOCK_SIZE
     else:
         row, column = block // blocks_per_row, block % blocks_per_row
         start = row.to(tl.int64) * stride_n + column.to(tl.int64) * (BLOCK_SIZE * stride_k)
-    w = load_blocks(weight_ptr + matrix * stride_e, start, stride_k, inside, BLOCK_SIZE)
-    unit, inverse = power_of_two_below(tl.load(global_scale_ptr + matrix))
-    magnitude = tl.abs(w * (inverse * _2_POW_MINUS_30))
-    unit = tl.full((TILE,), 0.0, tl.float32) + unit
-    unit_inverse = tl.math.div_rn(1.0, unit)
-    if OPTIMAL:
-        code = _search(magnitude, unit, unit_inverse)
-    else:
-        code = e4m3_snap(divide_by_six(quotient(tl.max(magnitude, axis=1), unit, unit_inverse) * _2_POW_30))
-    quants = e2m1_with_sign(_encode(magnitude, unit, unit_inverse, e4m3_value(code)), w)
-    store_blocks(codes_ptr, scales_ptr, matrix * blocks + block, inside, quants, code)
+    return load_blocks(weight_ptr, start, stride_k, block < blocks, BLOCK_SIZE)
 
 
 @triton.jit
-def _encode(magnitude, unit, unit_inverse, scale):
-    """E2M1 codes (int32) of magnitudes at their block's scale: those of z = RN(w/g), ties to the even code.
+def _encode(w, magnitude, unit, unit_inverse, scale):
+    """E2M1 codes (int32) of w at their block's scale: those of z = RN(w/g), ties to the even code.
 
     Rounding and code at once, in the numbers of e2m1_round_small, where y is right within seven units in the last
     place. Where one of the tile is within eight of a midpoint, z and z/scale are computed to the last bit instead.
     """
     y = tl.minimum(_small_quotient(magnitude, unit, scale), _SIX_SMALL).to(tl.int32, bitcast=True)
-    quants = (y + 0x200000) >> 22
-    beyond_midpoint = (y + (0x200000 + 8)) & 0x3FFFFF
-    if tl.min(tl.min(beyond_midpoint, axis=1), axis=0) < 16:
+    # The code goes to bits 30 to 28, where only the sign is missing.
+    rounded = ((y + 0x200000) << 6) | (w.to(tl.int32, bitcast=True) & -0x80000000)
+    quants = (rounded.to(tl.uint32, bitcast=True) >> 28).to(tl.int32)
+    # A midpoint has 21 zeros after a one in its last 22 bits: the least int32 when they are shifted to the top.
+    if tl.min(tl.min((y + 8) << 10, axis=1), axis=0) < -0x80000000 + (16 << 10):
         z = quotient(magnitude, spread(unit, magnitude), spread(unit_inverse, magnitude))
-        quants = e2m1_encode(z, spread(scale * _2_POW_MINUS_30, z))
+        quants = e2m1_with_sign(e2m1_encode(z, spread(scale * _2_POW_MINUS_30, z)), w)
     return quants
 
 

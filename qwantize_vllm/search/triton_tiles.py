@@ -5,6 +5,8 @@ A thread holds whole blocks, so that a sum over a block needs no other thread.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,22 +16,30 @@ _INTERPRETER_TILE = 4096
 _DEFAULT = 9
 
 
-def launch_shape(shapes: dict[int, tuple[int, int]], device: torch.device, blocks: int) -> tuple[int, int]:
-    """(blocks, warps) of a program on a device, from a kernel's table by compute capability.
+class LaunchShape(NamedTuple):
+    """How a search is cut into programs: `tiles` tiles of `blocks` blocks each, one after the other, by `warps`."""
+
+    blocks: int
+    warps: int
+    tiles: int
+
+
+def launch_shape(shapes: dict[int, LaunchShape], device: torch.device, blocks: int) -> LaunchShape:
+    """The shape for a device, from a kernel's table by compute capability.
 
     blocks: how many there are at most, which is all that the interpreter needs.
 
     A device that the table does not have takes the shape of Hopper, the only one that was measured.
     """
     if device.type == "cpu":
-        return min(_INTERPRETER_TILE, triton.next_power_of_2(blocks)), 1
+        return LaunchShape(min(_INTERPRETER_TILE, triton.next_power_of_2(blocks)), warps=1, tiles=1)
     major, _ = torch.cuda.get_device_capability(device)
     return shapes.get(major, shapes[_DEFAULT])
 
 
 @triton.jit
 def load_blocks(weight_ptr, start, stride_k, inside, BLOCK_SIZE: tl.constexpr):
-    """Blocks that begin at the offsets start (TILE,), float32 (TILE, BLOCK_SIZE).
+    """Blocks that begin at the offsets start (TILE,), as they are, (TILE, BLOCK_SIZE).
 
     The order within a block is what store_blocks undoes: element 8*j + i is at i*BLOCK_SIZE/8 + j. Read as
     one row a block, half of it would belong to another thread, for a load fetches no more than 16 bytes.
@@ -40,7 +50,12 @@ def load_blocks(weight_ptr, start, stride_k, inside, BLOCK_SIZE: tl.constexpr):
         even = _load_2x8(weight_ptr, start, 0, 2, stride_k, inside)
         odd = _load_2x8(weight_ptr, start, 1, 3, stride_k, inside)
         parts = tl.join(even, odd)
-    blocks = tl.reshape(parts, (start.shape[0], BLOCK_SIZE))
+    return tl.reshape(parts, (start.shape[0], BLOCK_SIZE))
+
+
+@triton.jit
+def to_float32(blocks):
+    """Weights of a floating type as float32."""
     if blocks.dtype == tl.bfloat16:
         # What the conversion does; Triton's interpreter converts denormals wrongly.
         return (blocks.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
