@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from qwantize_vllm import Nvfp4Tensor, block_hessian, quantize_nvfp4
 
@@ -56,6 +57,15 @@ def write_tiny(path: Path, change: Callable[[dict[str, torch.Tensor]], None] | N
     (path / "config.json").write_text(json.dumps(config))
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
+
+
+def write_byte_tokenizer(path: Path) -> None:
+    """For a checkpoint of `write_tiny`, whose vocabulary it fills: every byte is a token."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 def _random_weights(config: Mapping[str, Any]) -> dict[str, torch.Tensor]:

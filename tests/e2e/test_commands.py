@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,12 @@ pytestmark = pytest.mark.e2e
 
 def qwantize(*arguments: str | Path) -> str:
     """What the command prints; it must succeed."""
-    command = [Path(sys.executable).with_name("qwantize"), *arguments]
-    done = subprocess.run(command, env=server_environment(), capture_output=True, text=True, timeout=2 * PATIENCE)
+    return run(Path(sys.executable).with_name("qwantize"), *arguments)
+
+
+def run(*command: str | Path, env: Mapping[str, str] | None = None) -> str:
+    """What a command that starts an engine prints; it must succeed."""
+    done = subprocess.run(command, env=server_environment(env), capture_output=True, text=True, timeout=2 * PATIENCE)
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stdout
 

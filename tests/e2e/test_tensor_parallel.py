@@ -1,20 +1,23 @@
-"""Two ranks hold together what one rank holds."""
+"""Two ranks hold and measure together what one rank does."""
 
 from __future__ import annotations
 
 import functools
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from qwantize_vllm.hessian import save_hessians
+from qwantize_vllm.hessian import HessianFile, save_hessians
 
-from .checkpoints import random_hessians
+from .checkpoints import random_hessians, write_byte_tokenizer, write_tiny
 from .compare import largest_difference, sequences_of, served_layers, tensors_of
 from .conftest import TINY_PROMPTS
 from .probe import probe
+from .test_commands import run
 
 pytestmark = [
     pytest.mark.e2e,
@@ -25,6 +28,15 @@ TWO_RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "env": {"VLLM_CPU_OMP_TH
 # Rows of the members of a fused layer: each of them is cut in two, and a rank holds a half of each.
 MEMBERS = {"qkv_proj": [128, 64, 64], "gate_up_proj": [256, 256], "o_proj": [128], "down_proj": [128]}
 ROW_PARALLEL = ("o_proj", "down_proj")
+# `qwantize`, calibrating in float32: in bfloat16 the order in which ranks add up their shares shows.
+IN_FLOAT32 = """
+from qwantize_vllm.cli import app
+from qwantize_vllm.plugin import calibration
+
+calibrate = calibration.calibrate
+calibration.calibrate = lambda *given: calibrate(*given[:-1], {**given[-1], "dtype": "float32"})
+app()
+"""
 
 
 def join(layer: str, parts: list[torch.Tensor]) -> torch.Tensor:
@@ -64,3 +76,34 @@ def test_nan_on_one_rank_ends_all(engines, broken):
     """The rank that holds no NaN waits for the other's amax: it must not wait for ever."""
     log = engines.refuse(broken, **TWO_RANKS)
     assert "qwantize: model.layers.1.mlp.gate_up_proj: weight (256, 128) holds 3 NaN and 2 infinite elements" in log
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Path:
+    """The tiny model with a tokenizer."""
+    checkpoint = write_tiny(tmp_path / "reader")
+    write_byte_tokenizer(checkpoint)
+    return checkpoint
+
+
+def calibrate(checkpoint: Path, ranks: int, env: dict[str, str] | None = None) -> HessianFile:
+    # Not into the checkpoint's folder: vLLM takes every safetensors file there for weights.
+    text, out = (checkpoint.with_name(name) for name in ("text.txt", f"{ranks}.safetensors"))
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 5)
+    options = ["--num-tokens", "200", "--seq-len", "64", "--tensor-parallel-size", str(ranks)]
+    run(sys.executable, "-c", IN_FLOAT32, "calibrate", checkpoint, "--text", text, "--out", out, *options, env=env)
+    return HessianFile(out)
+
+
+def test_two_ranks_calibrate_as_one(reader):
+    one = calibrate(reader, 1)
+    two = calibrate(reader, 2, TWO_RANKS["env"])
+    assert (one.info.tokens, one.info.dtype) == (200, "float32")
+    assert two.info == one.info
+    assert two.names == one.names
+    assert len(one.names) == 8
+    for name in one.names:
+        whole, joined = one.read_all(name), two.read_all(name)
+        assert joined.shape == whole.shape
+        # Block by block, so that a small one counts as much; the order of sums has cost up to 5e-7.
+        assert ((joined - whole).norm(dim=(1, 2)) <= 1e-5 * whole.norm(dim=(1, 2))).all(), name

@@ -1,15 +1,42 @@
-"""Options that the benchmarks share, checked."""
+"""Options that the benchmarks share: how they are declared, and what of them is checked."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
 
+from qwantize_vllm.cli.bench.shapes import MODELS
+
 _T = TypeVar("_T", bound=str)
+
+BlockSize = Annotated[int, typer.Option(help="16 or 32.")]
+Device = Annotated[str | None, typer.Option(help="Such as cuda or cpu. Default: the GPU if there is one.")]
+DEFAULT_OUT = Path("bench-results")
+
+
+def model_option(layers: str, default: str) -> Any:
+    """For list[str] | None; says which layers of a model are meant, and what a GPU gets if none is named."""
+    return typer.Option(help=f"{layers} of a model: {', '.join(MODELS)}. Repeat it. Default on a GPU: {default}.")
+
+
+def shape_option(form: str) -> Any:
+    """For list[str] | None."""
+    return typer.Option(help=f"A weight {form}, such as 2560x9728. Repeat it.")
+
+
+def dtype_option(of: str, dtypes: Iterable[str]) -> Any:
+    """For str, checked by `one_of`."""
+    return typer.Option(help=f"Of {of}: {', '.join(dtypes)}.")
+
+
+def out_option(command: str) -> Any:
+    """For Path, by default DEFAULT_OUT, made by `make_directory`."""
+    return typer.Option(help=f"Directory for {command}.json and {command}.png.")
 
 
 def one_of(option: str, value: str, allowed: Iterable[_T]) -> _T:
@@ -41,6 +68,11 @@ def choose_device(name: str | None) -> torch.device:
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f"--device must be cuda or cpu, got {name!r}")
     return device
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Makes a GPU the current one, whose streams and events are used where none is named."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def make_directory(out: Path) -> None:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Annotated, get_args
 
-import torch
 import typer
 from rich.console import Console
 
 from qwantize_vllm.cli.bench import report
 from qwantize_vllm.cli.bench.machine import device_name
 from qwantize_vllm.cli.bench.measure import Plan, Results, measure
-from qwantize_vllm.cli.bench.options import choose_device, make_directory, one_of
+from qwantize_vllm.cli.bench.options import (
+    DEFAULT_OUT,
+    BlockSize,
+    Device,
+    choose_device,
+    dtype_option,
+    make_directory,
+    model_option,
+    on_device,
+    one_of,
+    out_option,
+    shape_option,
+)
 from qwantize_vllm.cli.bench.output import draw
 from qwantize_vllm.cli.bench.peers import PEERS
 from qwantize_vllm.cli.bench.plot import plot
@@ -27,24 +37,19 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
 def bench_quantize(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Layers of a model: {', '.join(MODELS)}. Repeat it. Default on a GPU: all."),
-    ] = None,
-    shape: Annotated[
-        list[str] | None, typer.Option(help="A weight NxK, or ExNxK (experts), such as 2560x9728. Repeat it.")
-    ] = None,
+    model: Annotated[list[str] | None, model_option("Layers", "all")] = None,
+    shape: Annotated[list[str] | None, shape_option("NxK, or ExNxK (experts)")] = None,
     search: Annotated[
         list[str] | None, typer.Option(help="naive, optimal or hessian; repeat it. Default: all three.")
     ] = None,
-    block_size: Annotated[int, typer.Option(help="16 or 32.")] = 16,
+    block_size: BlockSize = 16,
     global_scale: Annotated[str, typer.Option(help="amax or none.")] = "amax",
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(_DTYPES)}.")] = "bfloat16",
-    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu. Default: the GPU if there is one.")] = None,
+    dtype: Annotated[str, dtype_option("the weights", _DTYPES)] = "bfloat16",
+    device: Device = None,
     check_blocks: Annotated[
         int, typer.Option(min=1, help="Blocks of each weight that are checked by float64 brute force.")
     ] = 4096,
-    out: Annotated[Path, typer.Option(help="Directory for quantize.json and quantize.png.")] = Path("bench-results"),
+    out: Annotated[Path, out_option("quantize")] = DEFAULT_OUT,
 ) -> None:
     """Milliseconds, GB/s and fraction of a copy's bandwidth of every search, checked in the same run.
 
@@ -54,7 +59,7 @@ def bench_quantize(
     plan = _plan(model or [], shape or [], search or [], block_size, global_scale, dtype, device, check_blocks)
     make_directory(out)
     _announce(plan, console)
-    with torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext():
+    with on_device(plan.device):
         results = measure(plan)
     report.show(plan, results, console)
     _write(plan, results, out, console)

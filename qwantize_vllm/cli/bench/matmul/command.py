@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +15,19 @@ from qwantize_vllm.cli.bench.matmul.competitors import PEERS, Competitor, dense,
 from qwantize_vllm.cli.bench.matmul.measure import Plan, Results, measure
 from qwantize_vllm.cli.bench.matmul.plot import plot
 from qwantize_vllm.cli.bench.matmul.summary import rows
-from qwantize_vllm.cli.bench.options import choose_device, make_directory, one_of
+from qwantize_vllm.cli.bench.options import (
+    DEFAULT_OUT,
+    BlockSize,
+    Device,
+    choose_device,
+    dtype_option,
+    make_directory,
+    model_option,
+    on_device,
+    one_of,
+    out_option,
+    shape_option,
+)
 from qwantize_vllm.cli.bench.output import draw
 from qwantize_vllm.cli.bench.shapes import MODELS, SMALL, Layer, choose_layers
 from qwantize_vllm.format import check_block_size
@@ -31,13 +42,9 @@ _GPU_LAYERS = ("llama-3-8b", "llama-3-70b gate_up")
 
 def bench_matmul(
     model: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"Linear layers of a model, its experts left out: {', '.join(MODELS)}. Repeat it. "
-            "Default on a GPU: llama-3-8b, and gate_up of llama-3-70b."
-        ),
+        list[str] | None, model_option("Linear layers (no experts)", "llama-3-8b, and gate_up of llama-3-70b")
     ] = None,
-    shape: Annotated[list[str] | None, typer.Option(help="A weight NxK, such as 2560x9728. Repeat it.")] = None,
+    shape: Annotated[list[str] | None, shape_option("NxK")] = None,
     tokens: Annotated[
         list[int] | None, typer.Option(min=1, help="M, rows of x. Repeat it. Default on a GPU: 1, 2, 4 to 8192.")
     ] = None,
@@ -45,12 +52,12 @@ def bench_matmul(
         list[str] | None,
         typer.Option(help=f"auto, {', '.join(BACKENDS)}; repeat it. Default: auto and those made for the device."),
     ] = None,
-    block_size: Annotated[int, typer.Option(help="16 or 32.")] = 16,
-    dtype: Annotated[str, typer.Option(help=f"Of x: {', '.join(_DTYPES)}.")] = "bfloat16",
-    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu. Default: the GPU if there is one.")] = None,
+    block_size: BlockSize = 16,
+    dtype: Annotated[str, dtype_option("x", _DTYPES)] = "bfloat16",
+    device: Device = None,
     peer: Annotated[bool, typer.Option(help="Compare with the kernels of vLLM too.")] = True,
     check: Annotated[bool, typer.Option(help="Compare with float64.")] = True,
-    out: Annotated[Path, typer.Option(help="Directory for matmul.json and matmul.png.")] = Path("bench-results"),
+    out: Annotated[Path, out_option("matmul")] = DEFAULT_OUT,
 ) -> None:
     """Microseconds of the product with a quantized weight, beside the dense one and vLLM's own kernels.
 
@@ -61,7 +68,7 @@ def bench_matmul(
     plan = _plan(model or [], shape or [], tokens or [], backend or [], block_size, dtype, device, peer, check)
     make_directory(out)
     _announce(plan, console)
-    with torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext():
+    with on_device(plan.device):
         results = measure(plan)
     report.show(plan, results, console)
     _write(plan, results, out, console)
