@@ -18,6 +18,8 @@ from triton.compiler import ASTSource
 
 from qwantize_vllm.matmul.triton_dequantize import _dequantize_kernel
 from qwantize_vllm.matmul.triton_fused import _fused_kernel, _reduce_kernel
+from qwantize_vllm.matmul.triton_swizzled import _FEW, _MANY, _swizzled_kernel
+from qwantize_vllm.matmul.triton_unswizzle import _unswizzle_kernel
 from qwantize_vllm.search.triton_hessian import _search_hessian_kernel
 from qwantize_vllm.search.triton_hessian_form import _prepare_hessian_kernel
 from qwantize_vllm.search.triton_sse import _search_sse_kernel
@@ -38,6 +40,14 @@ def variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         read = {"codes_ptr": "*u8", "scales_ptr": "*u8", "global_scale_ptr": "*fp32"}
         yield _dequantize_kernel, {**read, "out_ptr": dtype}, {"ROWS": 4, "BYTES": 256, "BLOCK_BYTES": block // 2}
     for block in (16, 32):
+        read = {"words_ptr": "*i16", "scales_ptr": "*i32", "global_scale_ptr": "*fp32"}
+        for dtype in INPUTS:
+            yield _unswizzle_kernel, {**read, "out_ptr": dtype}, {"BLOCK_SIZE": block}
+        for dtype, shape in itertools.product(HALVES, (*_FEW.values(), _MANY)):
+            x = {"x_ptr": dtype, "y_ptr": dtype, "bias_ptr": dtype, "partial_ptr": "*fp32", "arrived_ptr": "*i32"}
+            tile = {"TILE_M": shape.tokens, "GROUPS": shape.groups, "STAGES": shape.stages}
+            flags = {"BLOCK_SIZE": block, "WHOLE_K": False, "HAS_BIAS": True, "PTX": True}
+            yield _swizzled_kernel, {**x, **read}, {**tile, **flags}
         yield (
             _prepare_hessian_kernel,
             {"hessian_ptr": "*fp32", "form_ptr": "*fp32", "weight_ptr": "*fp32"},
@@ -56,6 +66,8 @@ def warps(kernel: Any, constants: dict[str, Any]) -> int:
     """A search has one warp a program; most others Triton's default."""
     if kernel is _prepare_hessian_kernel:
         return constants["SIZE"] // 2
+    if kernel is _swizzled_kernel:
+        return 2 if constants["TILE_M"] == 8 else 4
     return 1 if kernel.__name__.startswith("_search") else 4
 
 

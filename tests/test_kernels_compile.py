@@ -18,6 +18,8 @@ KERNELS = {
     "_dequantize_kernel",
     "_fused_kernel",
     "_reduce_kernel",
+    "_swizzled_kernel",
+    "_unswizzle_kernel",
 }
 
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import torch
 
 from qwantize_vllm.format import Nvfp4Tensor
-from qwantize_vllm.matmul.backends import BACKENDS
-from qwantize_vllm.matmul.op import matmul_op
+from qwantize_vllm.matmul.backends import BACKENDS, SWIZZLED_BACKENDS
+from qwantize_vllm.matmul.op import matmul_op, matmul_swizzled_op
+from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
 
 
 def matmul_nvfp4(
-    x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None = None, backend: str = "auto"
+    x: torch.Tensor, q: Nvfp4Tensor | SwizzledNvfp4, bias: torch.Tensor | None = None, backend: str = "auto"
 ) -> torch.Tensor:
     """x . W' + bias from the codes and scales of W, without keeping W.
 
     Args:
         x: (..., K) bfloat16, float16 or float32; any strides, any number of tokens, none included.
-        q: unbatched, of shape (N, K), on x's device.
+        q: unbatched, of shape (N, K), on x's device. What `swizzle` makes of it is what a GPU multiplies fastest.
         bias: (N,), any float dtype.
         backend: "auto" chooses by device and number of tokens; "reference", "cpu", "cpu_fused",
-            "dequantize" and "fused" are those of `matmul/backends.py`.
+            "dequantize" and "fused" are those of `matmul/backends.py`. For a swizzled weight they are
+            "swizzled", "unswizzled" and "batch_invariant": the bits of a row then do not depend on the others.
 
     Returns:
         (..., N) in x's dtype. Products accumulate in float32.
@@ -28,7 +30,7 @@ def matmul_nvfp4(
         ValueError: shapes, devices or dtypes do not fit; an unknown backend, or one that cannot
             multiply x (says why).
     """
-    if q.codes.dim() != 2:
+    if isinstance(q, Nvfp4Tensor) and q.codes.dim() != 2:
         raise ValueError(f"matmul_nvfp4 takes an unbatched (N, K) weight, got {tuple(q.shape)}; index it first")
     n, k = q.shape
     if x.dim() == 0 or x.shape[-1] != k:
@@ -37,6 +39,9 @@ def matmul_nvfp4(
         raise ValueError(f"x is on {x.device}, the weight on {q.device}")
     if bias is not None and (tuple(bias.shape) != (n,) or bias.device != x.device):
         raise ValueError(f"bias must be ({n},) on {x.device}, got {tuple(bias.shape)} on {bias.device}")
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {backend!r}")
+    allowed = SWIZZLED_BACKENDS if isinstance(q, SwizzledNvfp4) else ("auto", *BACKENDS)
+    if backend not in allowed:
+        raise ValueError(f"backend must be one of {allowed}, got {backend!r}")
+    if isinstance(q, SwizzledNvfp4):
+        return matmul_swizzled_op(x, q.words, q.scales, q.global_scale, q.arrived, bias, n, q.block_size, backend)
     return matmul_op(x, q.codes, q.block_scales, q.global_scale, bias, q.block_size, backend)

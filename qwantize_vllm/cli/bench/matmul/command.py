@@ -11,7 +11,7 @@ from rich.console import Console
 
 from qwantize_vllm.cli.bench.machine import device_name
 from qwantize_vllm.cli.bench.matmul import report
-from qwantize_vllm.cli.bench.matmul.competitors import PEERS, Competitor, dense, ours
+from qwantize_vllm.cli.bench.matmul.competitors import OURS, PEERS, Competitor, dense, ours
 from qwantize_vllm.cli.bench.matmul.measure import Plan, Results, measure
 from qwantize_vllm.cli.bench.matmul.plot import plot
 from qwantize_vllm.cli.bench.matmul.summary import rows
@@ -50,7 +50,7 @@ def bench_matmul(
     ] = None,
     backend: Annotated[
         list[str] | None,
-        typer.Option(help=f"auto, {', '.join(BACKENDS)}; repeat it. Default: auto and those made for the device."),
+        typer.Option(help=f"{', '.join(OURS)}; repeat it. Default: auto and those made for the device."),
     ] = None,
     block_size: BlockSize = 16,
     dtype: Annotated[str, dtype_option("x", _DTYPES)] = "bfloat16",
@@ -124,8 +124,9 @@ def _backends(names: list[str], x: torch.Tensor) -> list[Competitor]:
         ValueError: there is no such backend, or it cannot multiply x.
     """
     if not names:
-        names = ["auto", *(name for name in BACKENDS if BACKENDS[name].needs_gpu == x.is_cuda)]
-    chosen = [ours(one_of("--backend", name, ["auto", *BACKENDS])) for name in dict.fromkeys(names)]
+        plain = [name for name, backend in BACKENDS.items() if not backend.needs_gpu]
+        names = ["auto", "swizzled", "unswizzled"] if x.is_cuda else ["auto", *plain]
+    chosen = [ours(one_of("--backend", name, list(OURS))) for name in dict.fromkeys(names)]
     for competitor in chosen:
         if reason := competitor.cannot(x):
             raise ValueError(f"--backend {competitor.name} {reason}")

@@ -11,9 +11,12 @@ import torch
 
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul import matmul_nvfp4
-from qwantize_vllm.matmul.backends import BACKENDS
+from qwantize_vllm.matmul.backends import BACKENDS, SWIZZLED_BACKENDS
+from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.plugin import vllm_kernels
 
+# Every backend of this package by name.
+OURS = tuple(dict.fromkeys((*SWIZZLED_BACKENDS, *BACKENDS)))
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 # From a weight (N, K) and the dtype of x to the call that is timed, x (M, K) -> (M, N). The weight is the
 # competitor's own: it may keep or change it.
@@ -67,12 +70,16 @@ def dense(dtype: torch.dtype) -> Competitor:
 
 
 def ours(backend: str) -> Competitor:
-    """A backend of this package, or "auto"."""
+    """A backend of this package, or "auto": what the plugin serves with, on a GPU from a swizzled weight."""
 
     def prepare(q: Nvfp4Tensor, dtype: torch.dtype) -> Multiply:
-        return lambda x: matmul_nvfp4(x, q, None, backend)
+        swizzled = backend not in BACKENDS and (backend != "auto" or q.codes.is_cuda)
+        weight = swizzle(q) if swizzled else q
+        return lambda x: matmul_nvfp4(x, weight, None, backend)
 
-    return Competitor(backend, "ours", prepare, BACKENDS[backend].why_not if backend != "auto" else lambda x: None)
+    if backend == "auto":
+        return Competitor(backend, "ours", prepare)
+    return Competitor(backend, "ours", prepare, BACKENDS[backend if backend in BACKENDS else "fused"].why_not)
 
 
 def _prepare_vllm(kernel: str, q: Nvfp4Tensor, dtype: torch.dtype) -> Multiply:

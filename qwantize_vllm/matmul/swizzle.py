@@ -1,0 +1,174 @@
+"""Codes and scales in the order in which tensor cores want them, and back.
+
+The kernels compute W x'. On an NVIDIA GPU a warp holds a 16 x 16 tile of the left operand of a tensor-core product
+like this: lane 4*r + q has, of the rows r and r + 8, the columns 2*q, 2*q + 1, 2*q + 8 and 2*q + 9 (PTX ISA,
+"Matrix Fragments for mma.m16n8k16"). The weight is cut into tiles of 64 rows x 256 columns, padded with zeros, and
+
+    column k of a tile = 64 * plane + 16 * step + column of the fragment,    plane, step = 0 .. 3
+    row    n of a tile = 16 * part + row of the fragment,                    part = 0 .. 3
+
+    words    int16 (N/64, K/256, step, part, lane, 8)
+
+Each int16 holds the four codes, one a plane, of one row and column; the eight of a lane, in 16 contiguous bytes, are
+those of the fragment (k' = column >= 8, n' = row >= 8, k0 = odd column; 4*k' + 2*n' + k0). So a program loads
+wide, without gaps, and every weight is born in the register in which the product reads it.
+
+    bit      15  14  13  12  11  10   9   8   7   6   5   4   3   2   1   0
+    plane     0   3   3   1   3   3   2   0   0   0   1   1   1   2   2   2
+              s   s   m2  s   m1  m0  s  m2  m1  m0  m2  m1  m0  m2  m1  m0     s sign, m magnitude
+
+One shift by 3*plane brings s to bit 15 and m to bits 8 to 6, where the exponent of a bfloat16 ends and its mantissa
+begins: the value times 2^-126. Only plane 3 needs more.
+
+    scales   int32 (N/64, K/256, 64 rows, 64/block_size): one byte a plane
+
+A byte of a scale has five bits of exponent and three of mantissa, 2^(e - 9) * (1 + m/8): every positive
+E4M3 value, without subnormals, so that a shift and an addition make a bfloat16 or float16 of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from qwantize_vllm.format import Nvfp4Tensor, check_block_size
+
+ROWS, COLUMNS, PLANES = 64, 256, 4
+DEPTH = COLUMNS // PLANES  # columns of a plane
+ARRIVALS = 4096  # tiles of a result that can be shared by programs
+_EXPONENT_BIAS = 9
+
+
+@dataclasses.dataclass(frozen=True)
+class SwizzledNvfp4:
+    """An NVFP4 weight (N, K) for the kernels of triton_swizzled.
+
+    Attributes:
+        words: int16 (N/64, K/256, 4, 4, 256), N and K rounded up.
+        scales: int32 (N/64, K/256, 64, 64/block_size).
+        global_scale: float32 (), or (N,) where rows differ.
+        arrived: int32 (ARRIVALS,), zeros: how many of the programs that share a tile of the result are done; zeros
+            again after each call.
+        shape: (N, K).
+        block_size: 16 or 32.
+    """
+
+    words: torch.Tensor
+    scales: torch.Tensor
+    global_scale: torch.Tensor
+    arrived: torch.Tensor
+    shape: tuple[int, int]
+    block_size: int = 16
+
+    def __post_init__(self) -> None:
+        check_block_size(self.block_size)
+        n, k = self.shape
+        tiles = (-(-n // ROWS), -(-k // COLUMNS))
+        expected: dict[str, tuple[torch.dtype, set[tuple[int, ...]]]] = {
+            "words": (torch.int16, {(*tiles, 4, 4, 256)}),
+            "scales": (torch.int32, {(*tiles, ROWS, DEPTH // self.block_size)}),
+            "global_scale": (torch.float32, {(), (n,)}),
+            "arrived": (torch.int32, {(ARRIVALS,)}),
+        }
+        for name, (dtype, shapes) in expected.items():
+            tensor = getattr(self, name)
+            if tensor.dtype != dtype or tuple(tensor.shape) not in shapes or not tensor.is_contiguous():
+                raise ValueError(
+                    f"SwizzledNvfp4.{name} of a weight {self.shape} must be contiguous {dtype} "
+                    f"{' or '.join(str(shape) for shape in shapes)}, got {tensor.dtype} {tuple(tensor.shape)}"
+                )
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.words.nbytes + self.scales.nbytes + self.global_scale.nbytes + self.arrived.nbytes
+
+
+def swizzle(q: Nvfp4Tensor) -> SwizzledNvfp4:
+    """Reorder an unbatched weight; about five times its bytes are needed on the way.
+
+    Raises:
+        ValueError: the weight is batched.
+    """
+    if q.codes.dim() != 2:
+        raise ValueError(f"only an unbatched (N, K) weight can be swizzled, got {tuple(q.shape)}; index it first")
+    n, k = q.shape
+    blocks = COLUMNS // q.block_size
+    codes = _padded(q.codes, ROWS, COLUMNS // 2)
+    scales = _padded(_to_e5m3(q.block_scales), ROWS, blocks)
+    groups, tiles = codes.shape[0] // ROWS, codes.shape[1] // (COLUMNS // 2)
+    # A byte of codes holds k0 = 0 and 1. Dimensions: group, part, n', r; tile, plane, step, k', q, k0.
+    nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).view(groups, 4, 2, 8, tiles, 4, 4, 2, 4, 2)
+    nibbles = nibbles.permute(5, 0, 4, 6, 1, 3, 8, 7, 2, 9)
+    return SwizzledNvfp4(
+        words=_interleave(list(nibbles)).view(groups, tiles, 4, 4, 256),
+        scales=scales.view(groups, ROWS, tiles, PLANES, -1)
+        .permute(0, 2, 1, 4, 3)
+        .contiguous()
+        .view(torch.int32)[..., 0],
+        global_scale=q.global_scale,
+        arrived=torch.zeros(ARRIVALS, dtype=torch.int32, device=q.device),
+        shape=(n, k),
+        block_size=q.block_size,
+    )
+
+
+def unswizzle(weight: SwizzledNvfp4) -> Nvfp4Tensor:
+    """What `swizzle` was given.
+
+    Raises:
+        ValueError: rows have global scales of their own, which an Nvfp4Tensor cannot have.
+    """
+    if weight.global_scale.dim():
+        raise ValueError("this weight has one global scale a row; an Nvfp4Tensor has one a matrix")
+    n, k = weight.shape
+    groups, tiles = weight.words.shape[:2]
+    nibbles = torch.stack(_separate(weight.words)).view(4, groups, tiles, 4, 4, 8, 4, 2, 2, 2)
+    # plane, group, tile, step, part, r, q, k', n', k0 -> group, part, n', r; tile, plane, step, k', q, k0
+    nibbles = nibbles.permute(1, 4, 8, 5, 2, 0, 3, 7, 6, 9).reshape(groups * ROWS, tiles * COLUMNS // 2, 2)
+    codes = nibbles[..., 0] | (nibbles[..., 1] << 4)
+    scales = weight.scales[..., None].view(torch.uint8).permute(0, 2, 1, 4, 3).reshape(groups * ROWS, -1)
+    return Nvfp4Tensor(
+        codes[:n, : k // 2].contiguous(),
+        _from_e5m3(scales[:n, : k // weight.block_size]).contiguous(),
+        weight.global_scale,
+        weight.block_size,
+    )
+
+
+def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    n, k = matrix.shape
+    return torch.nn.functional.pad(matrix, (0, -k % columns, 0, -n % rows))
+
+
+def _interleave(codes: list[torch.Tensor]) -> torch.Tensor:
+    """Four tensors of codes uint8, one a plane, as int16 (contiguous)."""
+    word = torch.zeros(codes[0].shape, dtype=torch.int16, device=codes[0].device)
+    for plane in range(3):
+        # The sign of plane 0 at bit 15 is that of the int16.
+        sign = (codes[plane] >> 3).to(torch.int16) << (15 - 3 * plane)
+        word |= sign | ((codes[plane] & 7).to(torch.int16) << (6 - 3 * plane))
+    last = codes[3].to(torch.int16)
+    return word | ((last & 8) << 11) | ((last & 4) << 11) | ((last & 3) << 10)
+
+
+def _separate(words: torch.Tensor) -> list[torch.Tensor]:
+    """The inverse of _interleave: four tensors of codes uint8."""
+    codes = [((words >> (6 - 3 * plane)) & 7) | ((words >> (12 - 3 * plane)) & 8) for plane in range(3)]
+    codes.append(((words >> 11) & 8) | ((words >> 11) & 4) | ((words >> 10) & 3))
+    return [each.to(torch.uint8) for each in codes]
+
+
+def _to_e5m3(scales: torch.Tensor) -> torch.Tensor:
+    """Bytes of positive float8_e4m3fn scales; see the top of this file."""
+    mantissa, exponent = torch.frexp(scales.float())  # the mantissa is in [1/2, 1)
+    return (((exponent - 1 + _EXPONENT_BIAS) << 3) + (mantissa * 16 - 8).int()).to(torch.uint8)
+
+
+def _from_e5m3(bytes_: torch.Tensor) -> torch.Tensor:
+    value = torch.ldexp(1 + (bytes_ & 7).float() / 8, (bytes_ >> 3).int() - _EXPONENT_BIAS)
+    return value.to(torch.float8_e4m3fn)

@@ -1,0 +1,232 @@
+"""Dequantize and multiply in one Triton kernel, from the swizzled weight: for tokens so few that reading W is the cost.
+
+y = x W' is computed as W x', tiles of 64 rows on the left. `swizzle.py` has put every code where the product wants it:
+a tile is loaded in pieces of 16 bytes a thread, its axes are renamed by reshape and permute, which moves nothing, and
+what comes out of a shift, a mask and one multiplication by the block scale is the operand. value * block_scale is
+exact in x's dtype (six significant bits), products accumulate in float32, the global scale and the bias enter at
+the end.
+
+So that few rows still fill the GPU, K is cut into `splits` slices. The program that comes last to a tile adds the
+partial sums in the order of the slices: one launch, and the result does not change from run to run.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from qwantize_vllm.matmul.swizzle import ARRIVALS, COLUMNS, ROWS, SwizzledNvfp4
+from qwantize_vllm.matmul.triton_fragments import (
+    TILE_COLUMNS,
+    TILE_DEPTH,
+    TILE_ROWS,
+    as_matrix,
+    planes,
+    scale_offsets,
+    scale_value,
+    spread,
+    word_offsets,
+)
+
+# A product plus -0: Ampere has no bfloat16 multiplication by itself.
+_MULTIPLY_BFLOAT16 = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")
+_MULTIPLY_FLOAT16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
+
+
+class TileShape(NamedTuple):
+    """A program's tile of the result, 64*groups rows of W by so many tokens, and how it is computed."""
+
+    tokens: int
+    groups: int
+    warps: int
+    stages: int
+
+
+_FEW = {8: TileShape(8, 1, 2, 3), 16: TileShape(16, 1, 4, 3), 32: TileShape(32, 1, 4, 3), 64: TileShape(64, 1, 4, 3)}
+_MANY = TileShape(64, 2, 4, 2)
+# From so many groups of 64 rows on, and always beyond 64 tokens, the shape for many: it reads x half as often.
+_MANY_GROUPS = 256
+# Slices of K: so many programs a multiprocessor, as far as none gets shorter or longer than so many tiles.
+_PROGRAMS, _SHORTEST, _LONGEST = 4, 4, 16
+_INTERPRETED_MULTIPROCESSORS = 2
+
+
+def matmul_swizzled(
+    x: torch.Tensor, weight: SwizzledNvfp4, bias: torch.Tensor | None, *, batch_invariant: bool = False
+) -> torch.Tensor:
+    """x (M, K) bfloat16 or float16 -> (M, N) in x's dtype.
+
+    batch_invariant: the bits of a row do not depend on how many others there are, at some cost in time.
+
+    Not for two streams at once with one weight: they would share `weight.arrived`.
+    """
+    m, (n, k) = x.shape[0], weight.shape
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    groups, tiles = weight.words.shape[:2]
+    shape = _MANY if batch_invariant else _shape(m, groups)
+    token_tiles, row_tiles = triton.cdiv(m, shape.tokens), triton.cdiv(groups, shape.groups)
+    splits = 1 if batch_invariant else _splits(x.device, token_tiles * row_tiles, tiles)
+    size = token_tiles * row_tiles * shape.tokens * shape.groups * ROWS
+    partial = torch.empty(splits * size if splits > 1 else 0, dtype=torch.float32, device=x.device)
+    _swizzled_kernel[(token_tiles, row_tiles, splits)](
+        x,
+        weight.words,
+        weight.scales,
+        weight.global_scale,
+        bias,
+        partial,
+        weight.arrived,
+        y,
+        m,
+        n,
+        k,
+        groups,
+        tiles,
+        *x.stride(),
+        weight.global_scale.dim(),
+        BLOCK_SIZE=weight.block_size,
+        TILE_M=shape.tokens,
+        GROUPS=shape.groups,
+        WHOLE_K=k % COLUMNS == 0,
+        HAS_BIAS=bias is not None,
+        PTX=x.is_cuda and torch.version.hip is None,
+        STAGES=shape.stages,
+        num_warps=shape.warps,
+    )
+    return y
+
+
+def _shape(tokens: int, groups: int) -> TileShape:
+    """Measured on an H200; elsewhere a guess."""
+    if tokens > 64 or (tokens > 32 and groups >= _MANY_GROUPS):
+        return _MANY
+    return _FEW[min(limit for limit in _FEW if tokens <= limit)]
+
+
+def _splits(device: torch.device, programs: int, tiles: int) -> int:
+    """Slices of K, of so many tiles, where one slice makes so many programs."""
+    if programs > ARRIVALS:
+        return 1
+    wanted = _PROGRAMS * _multiprocessors(device) // programs
+    return max(1, min(tiles // _SHORTEST, max(wanted, triton.cdiv(tiles, _LONGEST))))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def _swizzled_kernel(
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    global_scale_ptr,
+    bias_ptr,
+    partial_ptr,
+    arrived_ptr,
+    y_ptr,
+    m,
+    n,
+    k,
+    groups,
+    tiles,
+    x_stride_m,
+    x_stride_k,
+    global_scale_stride,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PTX: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # Neighbouring programs share their weights and differ in their tokens.
+    split, splits = tl.program_id(2), tl.num_programs(2)
+    token = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
+    first = tl.program_id(1) * GROUPS
+    column = tl.arange(0, TILE_DEPTH)
+    x_ptr += token.to(tl.int64)[None, :] * x_stride_m + column[:, None] * x_stride_k
+    words_ptr += word_offsets(first, groups, tiles, GROUPS)
+    scales_ptr += scale_offsets(first, groups, tiles, GROUPS, BLOCK_SIZE)
+    total = tl.zeros((GROUPS * TILE_ROWS, TILE_M), dtype=tl.float32)
+    for tile in tl.range(split * tiles // splits, (split + 1) * tiles // splits, num_stages=STAGES):
+        values = planes(as_matrix(tl.load(words_ptr + tile * (TILE_ROWS * TILE_DEPTH))), x_ptr.dtype.element_ty, PTX)
+        scales = tl.load(scales_ptr + tile * (TILE_ROWS * TILE_DEPTH // BLOCK_SIZE))
+        for plane in tl.static_range(4):
+            start = tile * TILE_COLUMNS + plane * TILE_DEPTH
+            inside = (token < m)[None, :]
+            if not WHOLE_K:
+                inside = inside & (start + column < k)[:, None]
+            x = tl.load(x_ptr + start * x_stride_k, mask=inside, other=0.0)
+            total = _product(values[plane], (scales >> (8 * plane)) & 0xFF, x, total, BLOCK_SIZE, PTX)
+    total *= _rescale(x_ptr.dtype.element_ty, PTX)
+    row = first * TILE_ROWS + tl.arange(0, GROUPS * TILE_ROWS)
+    if splits > 1:
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        size: tl.constexpr = GROUPS * TILE_ROWS * TILE_M
+        inner = tl.arange(0, GROUPS * TILE_ROWS)[:, None] * TILE_M + tl.arange(0, TILE_M)[None, :]
+        partials = partial_ptr + tile.to(tl.int64) * splits * size + inner
+        tl.store(partials + split * size, total)
+        tl.debug_barrier()
+        last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == splits - 1
+        if last:
+            total = tl.zeros((GROUPS * TILE_ROWS, TILE_M), dtype=tl.float32)
+            for part in range(splits):
+                total += tl.load(partials + part * size, cache_modifier=".cg")
+            tl.store(arrived_ptr + tile, 0)
+            _store(y_ptr, total, global_scale_ptr, global_scale_stride, bias_ptr, row, token, m, n, HAS_BIAS)
+    else:
+        _store(y_ptr, total, global_scale_ptr, global_scale_stride, bias_ptr, row, token, m, n, HAS_BIAS)
+
+
+@triton.jit
+def _product(values, scale, x, total, BLOCK_SIZE: tl.constexpr, PTX: tl.constexpr):
+    """total + (values * scale) x, in units that _rescale undoes; values of a plane, scale the bytes of its blocks."""
+    if not PTX:
+        # The interpreter multiplies the bit patterns of bfloat16: the product is taken in float32.
+        weight = values * spread(scale_value(scale), BLOCK_SIZE)
+        return tl.dot(weight, x.to(tl.float32), total, input_precision="ieee")
+    elif x.dtype == tl.bfloat16:
+        pair = spread(scale * 0x00100010 + 0x76007600, BLOCK_SIZE)  # two bfloat16 of exponent e - 9 + 118
+        return tl.dot(_times(values, pair, _MULTIPLY_BFLOAT16), x, total)
+    else:
+        pair = spread(scale * 0x00800080 + 0x34003400, BLOCK_SIZE)  # two float16 of exponent e - 9 + 7
+        return tl.dot(_times(values, pair, _MULTIPLY_FLOAT16), x, total)
+
+
+@triton.jit
+def _times(values, pair, MULTIPLY: tl.constexpr):
+    """Each of two neighbouring 16-bit values times its half of an int32, which is the same for both."""
+    return tl.inline_asm_elementwise(MULTIPLY, "=r,r,r,r", [values, pair], dtype=values.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
+def _rescale(dtype: tl.constexpr, PTX: tl.constexpr):
+    """What codes (times 2^-126 or 2^-14) and scales (times 2^118 or 2^7) leave to be multiplied."""
+    if not PTX:
+        return 1.0
+    elif dtype == tl.bfloat16:
+        return 256.0
+    else:
+        return 128.0
+
+
+@triton.jit
+def _store(y_ptr, total, global_scale_ptr, global_scale_stride, bias_ptr, row, token, m, n, HAS_BIAS: tl.constexpr):
+    """y = total * global_scale + bias."""
+    there = row < n
+    y = total * tl.load(global_scale_ptr + row * global_scale_stride, mask=there, other=0.0)[:, None]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + row, mask=there, other=0.0).to(tl.float32)[:, None]
+    offsets = token.to(tl.int64)[None, :] * n + row[:, None]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=there[:, None] & (token < m)[None, :])

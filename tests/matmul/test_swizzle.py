@@ -1,0 +1,90 @@
+"""The swizzled layout, by itself; the kernels that read it are in test_swizzled_matmul.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from qwantize_vllm import Nvfp4Tensor, quantize_nvfp4
+from qwantize_vllm.matmul.swizzle import COLUMNS, ROWS, SwizzledNvfp4, swizzle, unswizzle
+from tests.numbers import make_weight
+
+
+def bits(q: Nvfp4Tensor) -> tuple[torch.Tensor, ...]:
+    return q.codes, q.block_scales.view(torch.uint8), q.global_scale
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize(("n", "k"), [(64, 256), (128, 512), (1, 32), (100, 544)])
+@pytest.mark.parametrize("global_scale", ["amax", "none"])
+def test_unswizzle_gives_back_every_bit(block_size, n, k, global_scale):
+    q = quantize_nvfp4(make_weight("million", n, k), block_size=block_size, global_scale=global_scale)
+    back = unswizzle(swizzle(q))
+    assert back.block_size == block_size
+    for ours, theirs in zip(bits(back), bits(q), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_every_scale_survives():
+    scales = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).view(2, 63)
+    q = Nvfp4Tensor(torch.zeros(2, 63 * 8, dtype=torch.uint8), scales, torch.ones(()))
+    assert torch.equal(unswizzle(swizzle(q)).block_scales.view(torch.uint8), scales.view(torch.uint8))
+
+
+def test_each_code_and_scale_is_where_the_layout_says():
+    q = quantize_nvfp4(make_weight("gaussian", 2 * ROWS, 2 * COLUMNS))
+    codes = torch.stack((q.codes & 15, q.codes >> 4), dim=-1).flatten(1)
+    weight = swizzle(q)
+    # The bits of sign and of magnitude (2, 1, 0) of each plane, from the table in swizzle.py.
+    places = [(15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 11, 10)]
+    generator = torch.Generator().manual_seed(0)
+    for n, k in torch.randint(0, 2 * ROWS, (200, 2), generator=generator).tolist():
+        k = 4 * k + n % 4
+        group, row = divmod(n, ROWS)
+        tile, column = divmod(k, COLUMNS)
+        part, row = divmod(row, 16)
+        plane, column = divmod(column, 64)
+        step, column = divmod(column, 16)
+        lane = 4 * (row % 8) + column % 8 // 2
+        word = int(weight.words[group, tile, step, part, lane * 8 + 4 * (column // 8) + 2 * (row // 8) + column % 2])
+        assert [word >> place & 1 for place in places[plane]] == [int(codes[n, k]) >> bit & 1 for bit in (3, 2, 1, 0)]
+        byte = int(weight.scales[group, tile, n % ROWS, step]) >> (8 * plane) & 255
+        assert 2.0 ** ((byte >> 3) - 9) * (1 + (byte & 7) / 8) == float(q.block_scales[n, k // 16])
+
+
+def test_padding_multiplies_by_zero():
+    weight = swizzle(quantize_nvfp4(torch.ones(65, 272)))
+    assert weight.words.shape[:2] == (2, 2)
+    # A word holds four columns of a whole tile; of the second tile, one of the 16 that are there.
+    assert int((weight.words != 0).sum()) == 65 * (256 // 4 + 16)
+    assert torch.equal(unswizzle(weight).dequantize(), quantize_nvfp4(torch.ones(65, 272)).dequantize())
+
+
+def test_a_batched_weight_is_refused():
+    with pytest.raises(ValueError, match=r"unbatched .* got \(2, 16, 32\)"):
+        swizzle(quantize_nvfp4(torch.ones(2, 16, 32)))
+
+
+def test_rows_with_scales_of_their_own_cannot_go_back():
+    weight = dataclasses.replace(swizzle(quantize_nvfp4(torch.ones(16, 32))), global_scale=torch.ones(16))
+    with pytest.raises(ValueError, match="one global scale a row"):
+        unswizzle(weight)
+
+
+@pytest.mark.parametrize("name", ["words", "scales", "global_scale", "arrived"])
+def test_tensors_that_do_not_fit_are_refused(name):
+    weight = swizzle(quantize_nvfp4(torch.ones(16, 32)))
+    wrong = torch.zeros(3, dtype=getattr(weight, name).dtype)
+    with pytest.raises(ValueError, match=rf"SwizzledNvfp4.{name} of a weight \(16, 32\) must be .* got"):
+        dataclasses.replace(weight, **{name: wrong})
+    with pytest.raises(ValueError, match="float64"):
+        dataclasses.replace(weight, **{name: getattr(weight, name).double()})
+
+
+def test_bytes_are_those_of_codes_and_scales_and_a_little():
+    q = quantize_nvfp4(make_weight("gaussian", 4 * ROWS, 8 * COLUMNS))
+    weight = swizzle(q)
+    assert isinstance(weight, SwizzledNvfp4)
+    assert weight.nbytes - weight.arrived.nbytes == q.nbytes
