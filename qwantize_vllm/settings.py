@@ -56,8 +56,10 @@ class QwantizeSettings(pydantic.BaseModel):
         description="Refuse to start where a layer cannot be quantized, instead of leaving it as it is, or has no "
         "Hessian in the file, instead of searching it by optimal.",
     )
-    backend: Literal["auto", "reference", "dequantize", "fused"] = pydantic.Field(
-        "auto", description="Matmul backend; auto chooses by device and number of tokens."
+    backend: Literal["auto", "reference", "dequantize", "fused", "vllm", "marlin", "humming"] = pydantic.Field(
+        "auto",
+        description="Matmul backend; auto chooses by device and number of tokens, vllm is the NVFP4 kernel that vLLM "
+        "itself selects for 16-bit activations, marlin and humming are kernels of vLLM by name.",
     )
 
     @pydantic.field_validator("ignore", mode="before")
@@ -68,6 +70,15 @@ class QwantizeSettings(pydantic.BaseModel):
         for pattern in value:
             check_pattern(pattern)
         return tuple(value)
+
+    @pydantic.model_validator(mode="after")
+    def _check_backend(self) -> QwantizeSettings:
+        if self.backend in ("vllm", "marlin", "humming"):
+            if self.block_size != 16:
+                raise ValueError(f"backend {self.backend!r} takes blocks of 16, block_size is {self.block_size}")
+            if self.global_scale == "amax_per_member":
+                raise ValueError(f"backend {self.backend!r} takes one global scale a layer: not amax_per_member")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _check_hessian(self) -> QwantizeSettings:

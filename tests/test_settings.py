@@ -35,7 +35,9 @@ def test_sources_are_merged_key_by_key_strongest_first():
         ({"scale_search": "hessian"}, ["needs the key hessian"]),
         ({"hessian": "h.safetensors"}, ["scale_search: hessian"]),
         ({"scale_search": "hessian", "hessian": "missing.safetensors"}, ["no file missing.safetensors"]),
-        ({"backend": "marlin"}, ["backend", "got 'marlin'", "'auto'"]),
+        ({"backend": "cublas"}, ["backend", "got 'cublas'", "'auto'", "'marlin'"]),
+        ({"backend": "marlin", "block_size": 32}, ["backend 'marlin' takes blocks of 16, block_size is 32"]),
+        ({"backend": "vllm", "global_scale": "amax_per_member"}, ["'vllm'", "one global scale a layer"]),
     ],
 )
 def test_errors_name_the_key_what_was_given_and_what_is_allowed(given, fragments):

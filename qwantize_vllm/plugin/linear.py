@@ -7,36 +7,26 @@ import time
 from typing import Any
 
 import torch
-from vllm import envs
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
-from vllm.model_executor.utils import replace_parameter
 
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.hessian import HessianFile
-from qwantize_vllm.matmul.op import matmul_op, matmul_swizzled_op
-from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.plugin.report import LoadReport
+from qwantize_vllm.plugin.weights import Form, QuantizedLayer, choose_form
 from qwantize_vllm.search.quality import signal_and_noise
 from qwantize_vllm.search.quantize import describe_nonfinite, matrix_amax, resolve_global_scale, search_nvfp4
 from qwantize_vllm.settings import QwantizeSettings
 
 logger = init_logger(f"vllm.{__name__}")
-# Of activations that the kernels for swizzled weights take.
-_SWIZZLED_DTYPES = (torch.bfloat16, torch.float16)
 _DONE = "_already_called_process_weights_after_loading"  # vLLM's reload clears it
 
 
 class QwantizeLinearMethod(LinearMethodBase):
-    """Holds `weight` uint8 (N, K/2), `weight_scale` float8_e4m3fn (N, K/block_size) and
-    `weight_global_scale` float32 () in place of the dense weight; with `global_scale: amax_per_member`
-    the latter is (members,) where layers are fused, and each member is multiplied on its own.
-
-    On a GPU, for bfloat16 or float16 activations and `backend: auto`, `weight` and `weight_scale` are instead the words
-    and scales of a SwizzledNvfp4, `weight_global_scale` is float32 () or (N,), and `weight_arrived` is its scratch.
+    """Replaces the dense weight by one of the forms of weights.py.
 
     The dense weight is created on the meta device. vLLM materializes it once all of it has been read,
     calls `process_weights_after_loading`, and goes on to the next layer: at any time at most one dense
@@ -49,6 +39,7 @@ class QwantizeLinearMethod(LinearMethodBase):
         self.settings, self.name, self.report, self.members = settings, name, report, members
         self.search = settings.scale_search
         self._hessian_name: str | None = None
+        self._form: Form | None = None
 
     def create_weights(
         self,
@@ -108,56 +99,16 @@ class QwantizeLinearMethod(LinearMethodBase):
         parts = self._quantize(layer, weight)
         energies = [signal_and_noise(*pair) for pair in zip(weight.split(self._widths(layer)), parts, strict=True)]
         signal, noise = (float(sum(energy)) for energy in zip(*energies, strict=True))
-        self._keep(layer, parts, weight.dtype)
-        after = sum(getattr(layer, name).nbytes for name in ("weight", "weight_scale", "weight_global_scale"))
+        quantized = QuantizedLayer.of(parts, weight.dtype)
+        self._form = choose_form(self.settings, quantized)
+        after = self._form.keep(layer, quantized)
         setattr(layer, _DONE, True)
         self.report.quantized(self.name, weight.nbytes, after, signal, noise, began)
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        settings = self.settings
-        if hasattr(layer, "weight_arrived"):
-            return matmul_swizzled_op(
-                x,
-                layer.weight,
-                layer.weight_scale,
-                layer.weight_global_scale,
-                layer.weight_arrived,
-                bias,
-                layer.output_size_per_partition,
-                settings.block_size,
-                "batch_invariant" if envs.VLLM_BATCH_INVARIANT else "auto",
-            )
-        if layer.weight_global_scale.dim() == 0:
-            weight = (layer.weight, layer.weight_scale, layer.weight_global_scale)
-            return matmul_op(x, *weight, bias, settings.block_size, settings.backend)
-        widths = self._widths(layer)
-        weights = zip(
-            layer.weight.split(widths), layer.weight_scale.split(widths), layer.weight_global_scale, strict=True
-        )
-        biases = [None] * len(widths) if bias is None else bias.split(widths)
-        outputs = [
-            matmul_op(x, *weight, part, settings.block_size, settings.backend)
-            for weight, part in zip(weights, biases, strict=True)
-        ]
-        return torch.cat(outputs, dim=-1)
-
-    def _keep(self, layer: LinearBase, parts: list[Nvfp4Tensor], dtype: torch.dtype) -> None:
-        """Put what is multiplied in place of the dense weight, of that dtype."""
-        codes = _concatenated([q.codes for q in parts])
-        block_scales = _concatenated([q.block_scales for q in parts])
-        scales = torch.stack([q.global_scale for q in parts])
-        if not codes.is_cuda or dtype not in _SWIZZLED_DTYPES or self.settings.backend != "auto":
-            tensors = codes, block_scales, scales if len(parts) > 1 else scales[0]
-        else:
-            weight = swizzle(Nvfp4Tensor(codes, block_scales, scales[0], self.settings.block_size))
-            widths = torch.tensor(self._widths(layer), device=codes.device)
-            tensors = weight.words, weight.scales, scales.repeat_interleave(widths) if len(parts) > 1 else scales[0]
-            if hasattr(layer, "weight_arrived"):
-                layer.weight_arrived.zero_()  # a reload: CUDA graphs know its address
-            else:
-                layer.weight_arrived = weight.arrived
-        for name, tensor in zip(("weight", "weight_scale", "weight_global_scale"), tensors, strict=True):
-            replace_parameter(layer, name, tensor)
+        if self._form is None:
+            raise RuntimeError(f"qwantize: {self.name} is called before its weights were loaded")
+        return self._form.apply(layer, x, bias)
 
     def _leave(self, layer: LinearBase, reason: str) -> None:
         if self.settings.strict:
@@ -216,13 +167,6 @@ def _amax_over_ranks(layer: LinearBase, amax: torch.Tensor) -> torch.Tensor:
     amax = torch.where(amax.isnan(), torch.inf, amax)
     torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=get_tp_group().device_group)
     return amax
-
-
-def _concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    # PyTorch does not concatenate float8 everywhere; its bytes it does.
-    return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
 
 
 @functools.lru_cache(maxsize=1)

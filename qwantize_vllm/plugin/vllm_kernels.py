@@ -51,10 +51,10 @@ class PreparedWeight:
     ) -> None:
         """Repack copies of the tensors of an unbatched Nvfp4Tensor with blocks of 16.
 
-        kernel: one that `why_not` has no objection to. dtype: of x, bfloat16 or float16.
+        kernel: see `make_kernel`. dtype: of x, bfloat16 or float16.
 
         Raises:
-            ValueError: the weight is batched, or has other blocks.
+            ValueError: the weight is batched, or has other blocks; the kernel cannot run here.
         """
         n, k = codes.shape[0], 2 * codes.shape[-1]
         if codes.dim() != 2 or tuple(block_scales.shape) != (n, k // BLOCK_SIZE):
@@ -63,7 +63,7 @@ class PreparedWeight:
                 f"got codes {tuple(codes.shape)} and scales {tuple(block_scales.shape)}"
             )
         self._layer = _layer(codes, block_scales, global_scale, dtype)
-        self._kernel = _kernel_class(kernel)(_config())
+        self._kernel = make_kernel(kernel)
         self._kernel.process_weights_after_loading(self._layer)
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -76,9 +76,17 @@ class PreparedWeight:
 def _layer(
     codes: torch.Tensor, block_scales: torch.Tensor, global_scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.nn.Module:
-    """What the kernels look at of a linear layer of vLLM, without tensor parallelism."""
-    n, k = codes.shape[0], 2 * codes.shape[1]
+    """A layer that the kernels take for one of vLLM's, without tensor parallelism."""
     layer = torch.nn.Module()
+    describe(layer, codes.shape[0], 2 * codes.shape[1], dtype)
+    tensors = {"weight": codes, "weight_scale": block_scales, "weight_global_scale": global_scale}
+    for name, tensor in tensors.items():
+        layer.register_parameter(name, torch.nn.Parameter(tensor.clone(), requires_grad=False))
+    return layer
+
+
+def describe(layer: torch.nn.Module, n: int, k: int, dtype: torch.dtype) -> None:
+    """Give a layer the attributes that the kernels look at, as far as it has not got them."""
     sizes: dict[str, Any] = {
         "input_size": k,
         "input_size_per_partition": k,
@@ -90,19 +98,25 @@ def _layer(
         "has_bias": False,
     }
     for name, size in sizes.items():
-        setattr(layer, name, size)
-    tensors = {"weight": codes, "weight_scale": block_scales, "weight_global_scale": global_scale}
-    for name, tensor in tensors.items():
-        layer.register_parameter(name, torch.nn.Parameter(tensor.clone(), requires_grad=False))
-    return layer
+        if not hasattr(layer, name):
+            setattr(layer, name, size)
+
+
+def make_kernel(kernel: str) -> Any:
+    """A kernel of KERNELS, or "vllm": the one that vLLM selects here for weights of four bits and activations of 16.
+
+    Raises:
+        ValueError: it cannot run here.
+    """
+    if kernel == "vllm":
+        return importlib.import_module("vllm.model_executor.kernels.linear").init_nvfp4_linear_kernel(use_a16=True)
+    if reason := why_not(kernel):
+        raise ValueError(f"backend {kernel!r} {reason}")
+    return _kernel_class(kernel)(importlib.import_module(f"{_KERNELS}.base").NvFp4LinearLayerConfig())
 
 
 def _kernel_class(kernel: str) -> Any:
     return getattr(importlib.import_module(f"{_KERNELS}.{kernel}"), _CLASSES[kernel])
-
-
-def _config() -> Any:
-    return importlib.import_module(f"{_KERNELS}.base").NvFp4LinearLayerConfig()
 
 
 def _version() -> str:
