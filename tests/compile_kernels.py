@@ -40,12 +40,16 @@ def variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         read = {"codes_ptr": "*u8", "scales_ptr": "*u8", "global_scale_ptr": "*fp32"}
         yield _dequantize_kernel, {**read, "out_ptr": dtype}, {"ROWS": 4, "BYTES": 256, "BLOCK_BYTES": block // 2}
     for block in (16, 32):
-        read = {"words_ptr": "*i16", "scales_ptr": "*i32", "global_scale_ptr": "*fp32"}
+        read = {"words_ptr": "*i16", "scales_ptr": "*i32" if block == 16 else "*i16", "global_scale_ptr": "*fp32"}
         for dtype in INPUTS:
-            yield _unswizzle_kernel, {**read, "out_ptr": dtype}, {"BLOCK_SIZE": block}
+            yield (
+                _unswizzle_kernel,
+                {**read, "out_ptr": dtype},
+                {"BLOCK_SIZE": block, "STEPS": 4, "PTX": dtype != "*fp32"},
+            )
         for dtype, shape in itertools.product(HALVES, (*_FEW.values(), _MANY)):
             x = {"x_ptr": dtype, "y_ptr": dtype, "bias_ptr": dtype, "partial_ptr": "*fp32", "arrived_ptr": "*i32"}
-            tile = {"TILE_M": shape.tokens, "GROUPS": shape.groups, "STAGES": shape.stages}
+            tile = {"TILE_M": shape.tokens, "GROUPS": shape.groups, "STEPS": shape.steps, "STAGES": shape.stages}
             flags = {"BLOCK_SIZE": block, "WHOLE_K": False, "HAS_BIAS": True, "PTX": True}
             yield _swizzled_kernel, {**x, **read}, {**tile, **flags}
         yield (

@@ -2,12 +2,12 @@
 
 The kernels compute W x'. On an NVIDIA GPU a warp holds a 16 x 16 tile of the left operand of a tensor-core product
 like this: lane 4*r + q has, of the rows r and r + 8, the columns 2*q, 2*q + 1, 2*q + 8 and 2*q + 9 (PTX ISA,
-"Matrix Fragments for mma.m16n8k16"). The weight is cut into tiles of 64 rows x 256 columns, padded with zeros, and
+"Matrix Fragments for mma.m16n8k16"). The weight is cut into tiles of 64 rows x 64 columns, padded with zeros, and
 
-    column k of a tile = 64 * plane + 16 * step + column of the fragment,    plane, step = 0 .. 3
-    row    n of a tile = 16 * part + row of the fragment,                    part = 0 .. 3
+    column k of a tile = 16 * plane + column of the fragment,    plane = 0 .. 3
+    row    n of a tile = 16 * part + row of the fragment,        part = 0 .. 3
 
-    words    int16 (N/64, K/256, step, part, lane, 8)
+    words    int16 (N/64, K/64, part, lane, 8)
 
 Each int16 holds the four codes, one a plane, of one row and column; the eight of a lane, in 16 contiguous bytes, are
 those of the fragment (k' = column >= 8, n' = row >= 8, k0 = odd column; 4*k' + 2*n' + k0). So a program loads
@@ -20,7 +20,7 @@ wide, without gaps, and every weight is born in the register in which the produc
 One shift by 3*plane brings s to bit 15 and m to bits 8 to 6, where the exponent of a bfloat16 ends and its mantissa
 begins: the value times 2^-126. Only plane 3 needs more.
 
-    scales   int32 (N/64, K/256, 64 rows, 64/block_size): one byte a plane
+    scales   int32 (N/64, K/64, 64 rows) for blocks of 16, a byte a plane; int16 for blocks of 32, a byte two planes
 
 A byte of a scale has five bits of exponent and three of mantissa, 2^(e - 9) * (1 + m/8): every positive
 E4M3 value, without subnormals, so that a shift and an addition make a bfloat16 or float16 of it.
@@ -34,10 +34,10 @@ import torch
 
 from qwantize_vllm.format import Nvfp4Tensor, check_block_size
 
-ROWS, COLUMNS, PLANES = 64, 256, 4
-DEPTH = COLUMNS // PLANES  # columns of a plane
+ROWS, COLUMNS = 64, 64
 ARRIVALS = 4096  # tiles of a result that can be shared by programs
 _EXPONENT_BIAS = 9
+_SCALES = {16: torch.int32, 32: torch.int16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ class SwizzledNvfp4:
     """An NVFP4 weight (N, K) for the kernels of triton_swizzled.
 
     Attributes:
-        words: int16 (N/64, K/256, 4, 4, 256), N and K rounded up.
-        scales: int32 (N/64, K/256, 64, 64/block_size).
+        words: int16 (N/64, K/64, 4, 256), N and K rounded up.
+        scales: int32 (N/64, K/64, 64), or int16 for blocks of 32.
         global_scale: float32 (), or (N,) where rows differ.
         arrived: int32 (ARRIVALS,), zeros: how many of the programs that share a tile of the result are done; zeros
             again after each call.
@@ -66,8 +66,8 @@ class SwizzledNvfp4:
         n, k = self.shape
         tiles = (-(-n // ROWS), -(-k // COLUMNS))
         expected: dict[str, tuple[torch.dtype, set[tuple[int, ...]]]] = {
-            "words": (torch.int16, {(*tiles, 4, 4, 256)}),
-            "scales": (torch.int32, {(*tiles, ROWS, DEPTH // self.block_size)}),
+            "words": (torch.int16, {(*tiles, 4, 256)}),
+            "scales": (_SCALES[self.block_size], {(*tiles, ROWS)}),
             "global_scale": (torch.float32, {(), (n,)}),
             "arrived": (torch.int32, {(ARRIVALS,)}),
         }
@@ -101,15 +101,12 @@ def swizzle(q: Nvfp4Tensor) -> SwizzledNvfp4:
     codes = _padded(q.codes, ROWS, COLUMNS // 2)
     scales = _padded(_to_e5m3(q.block_scales), ROWS, blocks)
     groups, tiles = codes.shape[0] // ROWS, codes.shape[1] // (COLUMNS // 2)
-    # A byte of codes holds k0 = 0 and 1. Dimensions: group, part, n', r; tile, plane, step, k', q, k0.
-    nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).view(groups, 4, 2, 8, tiles, 4, 4, 2, 4, 2)
-    nibbles = nibbles.permute(5, 0, 4, 6, 1, 3, 8, 7, 2, 9)
+    # A byte of codes holds k0 = 0 and 1. Dimensions: group, part, n', r; tile, plane, k', q, k0.
+    nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).view(groups, 4, 2, 8, tiles, 4, 2, 4, 2)
+    nibbles = nibbles.permute(5, 0, 4, 1, 3, 7, 6, 2, 8)
     return SwizzledNvfp4(
-        words=_interleave(list(nibbles)).view(groups, tiles, 4, 4, 256),
-        scales=scales.view(groups, ROWS, tiles, PLANES, -1)
-        .permute(0, 2, 1, 4, 3)
-        .contiguous()
-        .view(torch.int32)[..., 0],
+        words=_interleave(list(nibbles)).view(groups, tiles, 4, 256),
+        scales=scales.view(_SCALES[q.block_size]).view(groups, ROWS, tiles).transpose(1, 2).contiguous(),
         global_scale=q.global_scale,
         arrived=torch.zeros(ARRIVALS, dtype=torch.int32, device=q.device),
         shape=(n, k),
@@ -127,11 +124,11 @@ def unswizzle(weight: SwizzledNvfp4) -> Nvfp4Tensor:
         raise ValueError("this weight has one global scale a row; an Nvfp4Tensor has one a matrix")
     n, k = weight.shape
     groups, tiles = weight.words.shape[:2]
-    nibbles = torch.stack(_separate(weight.words)).view(4, groups, tiles, 4, 4, 8, 4, 2, 2, 2)
-    # plane, group, tile, step, part, r, q, k', n', k0 -> group, part, n', r; tile, plane, step, k', q, k0
-    nibbles = nibbles.permute(1, 4, 8, 5, 2, 0, 3, 7, 6, 9).reshape(groups * ROWS, tiles * COLUMNS // 2, 2)
+    nibbles = torch.stack(_separate(weight.words)).view(4, groups, tiles, 4, 8, 4, 2, 2, 2)
+    # plane, group, tile, part, r, q, k', n', k0 -> group, part, n', r; tile, plane, k', q, k0
+    nibbles = nibbles.permute(1, 3, 7, 4, 2, 0, 6, 5, 8).reshape(groups * ROWS, tiles * COLUMNS // 2, 2)
     codes = nibbles[..., 0] | (nibbles[..., 1] << 4)
-    scales = weight.scales[..., None].view(torch.uint8).permute(0, 2, 1, 4, 3).reshape(groups * ROWS, -1)
+    scales = weight.scales.transpose(1, 2).reshape(groups * ROWS, tiles).contiguous().view(torch.uint8)
     return Nvfp4Tensor(
         codes[:n, : k // 2].contiguous(),
         _from_e5m3(scales[:n, : k // weight.block_size]).contiguous(),

@@ -8,10 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qwantize_vllm.matmul.swizzle import COLUMNS, DEPTH, ROWS
+from qwantize_vllm.matmul.swizzle import COLUMNS, ROWS
 from qwantize_vllm.matmul.triton_decode import decode_e2m1
 
-TILE_ROWS, TILE_COLUMNS, TILE_DEPTH = tl.constexpr(ROWS), tl.constexpr(COLUMNS), tl.constexpr(DEPTH)
+TILE_ROWS, TILE_COLUMNS = tl.constexpr(ROWS), tl.constexpr(COLUMNS)
+_TILE_WORDS = tl.constexpr(ROWS * COLUMNS // 4)
 
 # Registers of two words (16 bits each) to two bfloat16 of each plane, times 2^-126. Plane 3 has its magnitude in
 # two places.
@@ -54,40 +55,86 @@ lop3.b32 a, b, 0x06000600, a, 0xEA;
 lop3.b32 $3, s, 0x80008000, a, 0xEA;
 }
 """)
+# A product plus -0: Ampere has no bfloat16 multiplication by itself.
+_MULTIPLY_BFLOAT16 = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")
+_MULTIPLY_FLOAT16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 
 
 @triton.jit
-def word_offsets(first, groups, tiles, GROUPS: tl.constexpr):
-    """(step, part, lane and word) of the first tile of each group, 16 contiguous bytes a thread.
+def load_words(words_ptr, first, groups, tile, tiles, GROUPS: tl.constexpr, STEPS: tl.constexpr):
+    """Words (64 * GROUPS rows, 16 * STEPS columns of each plane), 16 contiguous bytes a thread, of STEPS tiles.
 
-    A group that is not there repeats the last one; its rows are not stored.
+    A group or a tile that is not there repeats the last one.
     """
-    step, part, word = tl.arange(0, 4), tl.arange(0, 4 * GROUPS), tl.arange(0, 256)
+    step, part, word = tl.arange(0, STEPS), tl.arange(0, 4 * GROUPS), tl.arange(0, 256)
     group = tl.minimum(first + part // 4, groups - 1).to(tl.int64)
-    part_offset = group * tiles * (TILE_ROWS * TILE_DEPTH) + part % 4 * 256
-    return step[:, None, None] * 1024 + part_offset[None, :, None] + word[None, None, :]
-
-
-@triton.jit
-def scale_offsets(first, groups, tiles, GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """(row, block of a plane) of the first tile of each group."""
-    blocks: tl.constexpr = TILE_DEPTH // BLOCK_SIZE
-    row = tl.arange(0, GROUPS * TILE_ROWS)
-    group = tl.minimum(first + row // TILE_ROWS, groups - 1).to(tl.int64)
-    row_offset = group * tiles * (TILE_ROWS * blocks) + row % TILE_ROWS * blocks
-    return row_offset[:, None] + tl.arange(0, blocks)[None, :]
-
-
-@triton.jit
-def as_matrix(words):
-    """(step, part, 256) to rows and columns of a plane, without moving a word: see swizzle.py."""
-    words = tl.reshape(words, (4, words.shape[1], 8, 4, 2, 2, 2))  # step, part, r, q, k', n', k0
+    part_offset = group * tiles * _TILE_WORDS + part % 4 * 256
+    step_offset = tl.minimum(tile + step, tiles - 1) * _TILE_WORDS
+    offsets = step_offset[:, None, None] + part_offset[None, :, None] + word[None, None, :]
+    words = tl.reshape(tl.load(words_ptr + offsets), (STEPS, 4 * GROUPS, 8, 4, 2, 2, 2))  # step, part, r, q, k', n', k0
     words = tl.permute(words, (1, 5, 2, 0, 4, 3, 6))  # part, n', r; step, k', q, k0
-    return tl.reshape(words, (words.shape[0] * 16, TILE_DEPTH))
+    return tl.reshape(words, (GROUPS * TILE_ROWS, STEPS * 16))
 
 
 @triton.jit
-def planes(words, dtype: tl.constexpr, PTX: tl.constexpr):
+def load_scales(scales_ptr, first, groups, tile, tiles, GROUPS: tl.constexpr, STEPS: tl.constexpr):
+    """int32 (64 * GROUPS rows, STEPS tiles)."""
+    row, step = tl.arange(0, GROUPS * TILE_ROWS), tl.arange(0, STEPS)
+    group = tl.minimum(first + row // TILE_ROWS, groups - 1).to(tl.int64)
+    row_offset = group * tiles * TILE_ROWS + row % TILE_ROWS
+    offsets = row_offset[:, None] + (tl.minimum(tile + step, tiles - 1) * TILE_ROWS)[None, :]
+    return tl.load(scales_ptr + offsets).to(tl.int32)
+
+
+@triton.jit
+def _scale_byte(scales, plane: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """int32 byte of the scale of a plane's block."""
+    return (scales >> (8 * (plane * 16 // BLOCK_SIZE))) & 0xFF
+
+
+@triton.jit
+def block_values(words, scales, dtype: tl.constexpr, BLOCK_SIZE: tl.constexpr, PTX: tl.constexpr):
+    """value * block_scale (rows, columns); where PTX, in dtype and in units that rescale undoes."""
+    first, second, third, fourth = _planes(words, dtype, PTX)
+    return _join_planes(
+        _scaled(first, _scale_byte(scales, 0, BLOCK_SIZE), dtype, PTX),
+        _scaled(second, _scale_byte(scales, 1, BLOCK_SIZE), dtype, PTX),
+        _scaled(third, _scale_byte(scales, 2, BLOCK_SIZE), dtype, PTX),
+        _scaled(fourth, _scale_byte(scales, 3, BLOCK_SIZE), dtype, PTX),
+    )
+
+
+@triton.jit
+def _scaled(values, byte, dtype: tl.constexpr, PTX: tl.constexpr):
+    if not PTX:
+        return values * _spread(_scale_value(byte))
+    elif dtype == tl.bfloat16:
+        # Two bfloat16 of exponent e - 9 + 118.
+        return _times(values, _spread(byte * 0x00100010 + 0x76007600), _MULTIPLY_BFLOAT16)
+    else:
+        # Two float16 of exponent e - 9 + 7.
+        return _times(values, _spread(byte * 0x00800080 + 0x34003400), _MULTIPLY_FLOAT16)
+
+
+@triton.jit
+def _times(values, pair, MULTIPLY: tl.constexpr):
+    """Each of two neighbouring 16-bit values times its half of an int32, which is the same for both."""
+    return tl.inline_asm_elementwise(MULTIPLY, "=r,r,r,r", [values, pair], dtype=values.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
+def rescale(dtype: tl.constexpr, PTX: tl.constexpr):
+    """What codes (times 2^-126 or 2^-14) and scales (times 2^118 or 2^7) leave to be multiplied."""
+    if not PTX:
+        return 1.0
+    elif dtype == tl.bfloat16:
+        return 256.0
+    else:
+        return 128.0
+
+
+@triton.jit
+def _planes(words, dtype: tl.constexpr, PTX: tl.constexpr):
     """The values of each plane's codes; where PTX, in dtype and times 2^-126 (bfloat16) or 2^-14 (float16)."""
     if not PTX:
         word = words.to(tl.int32)
@@ -106,13 +153,24 @@ def planes(words, dtype: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def spread(scale, BLOCK_SIZE: tl.constexpr):
-    """(rows, blocks of a plane) to (rows, columns of a plane)."""
-    spread = tl.broadcast_to(scale[:, :, None], (scale.shape[0], TILE_DEPTH // BLOCK_SIZE, BLOCK_SIZE))
-    return tl.reshape(spread, (scale.shape[0], TILE_DEPTH))
+def _spread(scale):
+    """(rows, tiles) to (rows, 16 columns of a plane in each tile)."""
+    return tl.reshape(
+        tl.broadcast_to(scale[:, :, None], (scale.shape[0], scale.shape[1], 16)), (scale.shape[0], scale.shape[1] * 16)
+    )
 
 
 @triton.jit
-def scale_value(byte):
+def _join_planes(first, second, third, fourth):
+    """Four planes (rows, 16 * tiles) to (rows, 64 * tiles), columns in their order."""
+    rows: tl.constexpr = first.shape[0]
+    tiles: tl.constexpr = first.shape[1] // 16
+    joined = tl.join(tl.join(first, third), tl.join(second, fourth))  # plane = 2 * (last axis but one) + last axis
+    joined = tl.permute(tl.reshape(joined, (rows, tiles, 16, 2, 2)), (0, 1, 3, 4, 2))
+    return tl.reshape(joined, (rows, tiles * TILE_COLUMNS))
+
+
+@triton.jit
+def _scale_value(byte):
     """float32 value of the byte of a scale (int32)."""
     return ((byte << 20) + (118 << 23)).to(tl.float32, bitcast=True)

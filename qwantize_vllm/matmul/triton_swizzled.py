@@ -22,36 +22,36 @@ import triton.language as tl
 from qwantize_vllm.matmul.swizzle import ARRIVALS, COLUMNS, ROWS, SwizzledNvfp4
 from qwantize_vllm.matmul.triton_fragments import (
     TILE_COLUMNS,
-    TILE_DEPTH,
     TILE_ROWS,
-    as_matrix,
-    planes,
-    scale_offsets,
-    scale_value,
-    spread,
-    word_offsets,
+    block_values,
+    load_scales,
+    load_words,
+    rescale,
 )
-
-# A product plus -0: Ampere has no bfloat16 multiplication by itself.
-_MULTIPLY_BFLOAT16 = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")
-_MULTIPLY_FLOAT16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 
 
 class TileShape(NamedTuple):
-    """A program's tile of the result, 64*groups rows of W by so many tokens, and how it is computed."""
+    """A program's tile of the result, 64*groups rows of W by so many tokens, and how it is computed: so many tiles of
+    64 columns at a time."""
 
     tokens: int
     groups: int
+    steps: int
     warps: int
     stages: int
 
 
-_FEW = {8: TileShape(8, 1, 2, 3), 16: TileShape(16, 1, 4, 3), 32: TileShape(32, 1, 4, 3), 64: TileShape(64, 1, 4, 3)}
-_MANY = TileShape(64, 2, 4, 2)
+_FEW = {
+    8: TileShape(8, 1, 4, 2, 3),
+    16: TileShape(16, 1, 4, 4, 3),
+    32: TileShape(32, 1, 4, 4, 3),
+    64: TileShape(64, 1, 4, 4, 3),
+}
+_MANY = TileShape(64, 2, 4, 4, 2)
 # From so many groups of 64 rows on, and always beyond 64 tokens, the shape for many: it reads x half as often.
 _MANY_GROUPS = 256
 # Slices of K: so many programs a multiprocessor, as far as none gets shorter or longer than so many tiles.
-_PROGRAMS, _SHORTEST, _LONGEST = 4, 4, 16
+_PROGRAMS, _SHORTEST, _LONGEST = 4, 16, 64
 _INTERPRETED_MULTIPROCESSORS = 2
 
 
@@ -93,7 +93,8 @@ def matmul_swizzled(
         BLOCK_SIZE=weight.block_size,
         TILE_M=shape.tokens,
         GROUPS=shape.groups,
-        WHOLE_K=k % COLUMNS == 0,
+        STEPS=shape.steps,
+        WHOLE_K=k % (shape.steps * COLUMNS) == 0,
         HAS_BIAS=bias is not None,
         PTX=x.is_cuda and torch.version.hip is None,
         STAGES=shape.stages,
@@ -110,7 +111,7 @@ def _shape(tokens: int, groups: int) -> TileShape:
 
 
 def _splits(device: torch.device, programs: int, tiles: int) -> int:
-    """Slices of K, of so many tiles, where one slice makes so many programs."""
+    """Slices of K, of so many tiles of 64 columns, where one slice makes so many programs."""
     if programs > ARRIVALS:
         return 1
     wanted = _PROGRAMS * _multiprocessors(device) // programs
@@ -145,6 +146,7 @@ def _swizzled_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE_M: tl.constexpr,
     GROUPS: tl.constexpr,
+    STEPS: tl.constexpr,
     WHOLE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PTX: tl.constexpr,
@@ -154,22 +156,25 @@ def _swizzled_kernel(
     split, splits = tl.program_id(2), tl.num_programs(2)
     token = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
     first = tl.program_id(1) * GROUPS
-    column = tl.arange(0, TILE_DEPTH)
+    column = tl.arange(0, STEPS * TILE_COLUMNS)
     x_ptr += token.to(tl.int64)[None, :] * x_stride_m + column[:, None] * x_stride_k
-    words_ptr += word_offsets(first, groups, tiles, GROUPS)
-    scales_ptr += scale_offsets(first, groups, tiles, GROUPS, BLOCK_SIZE)
     total = tl.zeros((GROUPS * TILE_ROWS, TILE_M), dtype=tl.float32)
-    for tile in tl.range(split * tiles // splits, (split + 1) * tiles // splits, num_stages=STAGES):
-        values = planes(as_matrix(tl.load(words_ptr + tile * (TILE_ROWS * TILE_DEPTH))), x_ptr.dtype.element_ty, PTX)
-        scales = tl.load(scales_ptr + tile * (TILE_ROWS * TILE_DEPTH // BLOCK_SIZE))
-        for plane in tl.static_range(4):
-            start = tile * TILE_COLUMNS + plane * TILE_DEPTH
-            inside = (token < m)[None, :]
-            if not WHOLE_K:
-                inside = inside & (start + column < k)[:, None]
-            x = tl.load(x_ptr + start * x_stride_k, mask=inside, other=0.0)
-            total = _product(values[plane], (scales >> (8 * plane)) & 0xFF, x, total, BLOCK_SIZE, PTX)
-    total *= _rescale(x_ptr.dtype.element_ty, PTX)
+    turns = tl.cdiv(tiles, STEPS)
+    for turn in tl.range(split * turns // splits, (split + 1) * turns // splits, num_stages=STAGES):
+        words = load_words(words_ptr, first, groups, turn * STEPS, tiles, GROUPS, STEPS)
+        scales = load_scales(scales_ptr, first, groups, turn * STEPS, tiles, GROUPS, STEPS)
+        start = turn * (STEPS * TILE_COLUMNS)
+        inside = (token < m)[None, :]
+        if not WHOLE_K:
+            inside = inside & (start + column < k)[:, None]
+        x = tl.load(x_ptr + start * x_stride_k, mask=inside, other=0.0)
+        weight = block_values(words, scales, x_ptr.dtype.element_ty, BLOCK_SIZE, PTX)
+        if PTX:
+            total = tl.dot(weight, x, total)
+        else:
+            # The interpreter multiplies the bit patterns of bfloat16: the product is taken in float32.
+            total = tl.dot(weight, x.to(tl.float32), total, input_precision="ieee")
+    total *= rescale(x_ptr.dtype.element_ty, PTX)
     row = first * TILE_ROWS + tl.arange(0, GROUPS * TILE_ROWS)
     if splits > 1:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -187,38 +192,6 @@ def _swizzled_kernel(
             _store(y_ptr, total, global_scale_ptr, global_scale_stride, bias_ptr, row, token, m, n, HAS_BIAS)
     else:
         _store(y_ptr, total, global_scale_ptr, global_scale_stride, bias_ptr, row, token, m, n, HAS_BIAS)
-
-
-@triton.jit
-def _product(values, scale, x, total, BLOCK_SIZE: tl.constexpr, PTX: tl.constexpr):
-    """total + (values * scale) x, in units that _rescale undoes; values of a plane, scale the bytes of its blocks."""
-    if not PTX:
-        # The interpreter multiplies the bit patterns of bfloat16: the product is taken in float32.
-        weight = values * spread(scale_value(scale), BLOCK_SIZE)
-        return tl.dot(weight, x.to(tl.float32), total, input_precision="ieee")
-    elif x.dtype == tl.bfloat16:
-        pair = spread(scale * 0x00100010 + 0x76007600, BLOCK_SIZE)  # two bfloat16 of exponent e - 9 + 118
-        return tl.dot(_times(values, pair, _MULTIPLY_BFLOAT16), x, total)
-    else:
-        pair = spread(scale * 0x00800080 + 0x34003400, BLOCK_SIZE)  # two float16 of exponent e - 9 + 7
-        return tl.dot(_times(values, pair, _MULTIPLY_FLOAT16), x, total)
-
-
-@triton.jit
-def _times(values, pair, MULTIPLY: tl.constexpr):
-    """Each of two neighbouring 16-bit values times its half of an int32, which is the same for both."""
-    return tl.inline_asm_elementwise(MULTIPLY, "=r,r,r,r", [values, pair], dtype=values.dtype, is_pure=True, pack=2)
-
-
-@triton.jit
-def _rescale(dtype: tl.constexpr, PTX: tl.constexpr):
-    """What codes (times 2^-126 or 2^-14) and scales (times 2^118 or 2^7) leave to be multiplied."""
-    if not PTX:
-        return 1.0
-    elif dtype == tl.bfloat16:
-        return 256.0
-    else:
-        return 128.0
 
 
 @triton.jit

@@ -13,15 +13,14 @@ import triton.language as tl
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
 from qwantize_vllm.matmul.triton_fragments import (
     TILE_COLUMNS,
-    TILE_DEPTH,
     TILE_ROWS,
-    as_matrix,
-    planes,
-    scale_offsets,
-    scale_value,
-    spread,
-    word_offsets,
+    block_values,
+    load_scales,
+    load_words,
+    rescale,
 )
+
+_STEPS = 4  # tiles a program
 
 
 def matmul_unswizzled(x: torch.Tensor, weight: SwizzledNvfp4, bias: torch.Tensor | None) -> torch.Tensor:
@@ -34,7 +33,7 @@ def dequantize_swizzled(weight: SwizzledNvfp4, dtype: torch.dtype) -> torch.Tens
     n, k = weight.shape
     out = torch.empty(n, k, dtype=dtype, device=weight.words.device)
     groups, tiles = weight.words.shape[:2]
-    _unswizzle_kernel[(tiles, groups)](
+    _unswizzle_kernel[(triton.cdiv(tiles, _STEPS), groups)](
         weight.words,
         weight.scales,
         weight.global_scale,
@@ -45,6 +44,8 @@ def dequantize_swizzled(weight: SwizzledNvfp4, dtype: torch.dtype) -> torch.Tens
         tiles,
         weight.global_scale.dim(),
         BLOCK_SIZE=weight.block_size,
+        STEPS=_STEPS,
+        PTX=out.is_cuda and torch.version.hip is None and dtype != torch.float32,
         num_warps=4,
     )
     return out
@@ -62,18 +63,16 @@ def _unswizzle_kernel(
     tiles,
     global_scale_stride,
     BLOCK_SIZE: tl.constexpr,
+    STEPS: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    tile, group = tl.program_id(0), tl.program_id(1)
-    words = tl.load(words_ptr + word_offsets(group, groups, tiles, 1) + tile * (TILE_ROWS * TILE_DEPTH))
-    scale_ptr = scales_ptr + scale_offsets(group, groups, tiles, 1, BLOCK_SIZE)
-    scales = tl.load(scale_ptr + tile * (TILE_ROWS * TILE_DEPTH // BLOCK_SIZE))
+    tile, group = tl.program_id(0) * STEPS, tl.program_id(1)
+    words = load_words(words_ptr, group, groups, tile, tiles, 1, STEPS)
+    scales = load_scales(scales_ptr, group, groups, tile, tiles, 1, STEPS)
+    weight = block_values(words, scales, out_ptr.dtype.element_ty, BLOCK_SIZE, PTX).to(tl.float32)
     row = group * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    column = tile * TILE_COLUMNS + tl.arange(0, TILE_DEPTH)
-    global_scale = tl.load(global_scale_ptr + row * global_scale_stride, mask=row < n, other=0.0)[:, None]
+    column = tile * TILE_COLUMNS + tl.arange(0, STEPS * TILE_COLUMNS)
+    global_scale = tl.load(global_scale_ptr + row * global_scale_stride, mask=row < n, other=0.0)
+    weight *= (global_scale * rescale(out_ptr.dtype.element_ty, PTX))[:, None]
     out = out_ptr + row.to(tl.int64)[:, None] * k + column[None, :]
-    values = planes(as_matrix(words), tl.float32, False)
-    for plane in tl.static_range(4):
-        scale = spread(scale_value((scales >> (8 * plane)) & 0xFF), BLOCK_SIZE)
-        inside = (row < n)[:, None] & (column + plane * TILE_DEPTH < k)[None, :]
-        weight = values[plane] * scale * global_scale
-        tl.store(out + plane * TILE_DEPTH, weight.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out, weight.to(out_ptr.dtype.element_ty), mask=(row < n)[:, None] & (column < k)[None, :])

@@ -56,7 +56,7 @@ def test_any_magnitude(kernel_on, dtype, kind):
     assert relative_error(y, exact_product(x, q, None)) < tolerance(kernel_on, dtype)
 
 
-@pytest.mark.parametrize("shape", [TileShape(8, 1, 2, 3), TileShape(16, 1, 4, 3), TileShape(64, 2, 4, 2)])
+@pytest.mark.parametrize("shape", [TileShape(8, 1, 4, 2, 3), TileShape(16, 1, 2, 4, 3), TileShape(64, 2, 1, 4, 2)])
 @pytest.mark.parametrize("splits", [1, 3, 8])
 def test_every_shape_and_number_of_slices(kernel_on, monkeypatch, shape, splits):
     x, q = make(kernel_on, 200, 2304, 21, torch.float16)
