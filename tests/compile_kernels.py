@@ -8,6 +8,7 @@ A program of its own because TRITON_INTERPRET, which the tests set, must be unse
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,9 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from qwantize_vllm.matmul.tile_shapes import BATCH_INVARIANT, ELSEWHERE, RULES
 from qwantize_vllm.matmul.triton_dequantize import _dequantize_kernel
 from qwantize_vllm.matmul.triton_fused import _fused_kernel, _reduce_kernel
-from qwantize_vllm.matmul.triton_swizzled import _FEW, _MANY, _swizzled_kernel
+from qwantize_vllm.matmul.triton_swizzled import _swizzled_kernel
 from qwantize_vllm.matmul.triton_unswizzle import _unswizzle_kernel
 from qwantize_vllm.search.triton_hessian import _search_hessian_kernel
 from qwantize_vllm.search.triton_hessian_form import _prepare_hessian_kernel
@@ -27,7 +29,7 @@ from qwantize_vllm.search.triton_sse import _search_sse_kernel
 INPUTS, HALVES = ("*bf16", "*fp16", "*fp32"), ("*bf16", "*fp16")
 
 
-def variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+def variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """(kernel, types of its pointers, values of its constants), every combination that a launcher makes."""
     packed = {"codes_ptr": "*i32", "scales_ptr": "*u8", "global_scale_ptr": "*fp32"}
     for dtype, block in itertools.product(INPUTS, (16, 32)):
@@ -47,7 +49,9 @@ def variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
                 {**read, "out_ptr": dtype},
                 {"BLOCK_SIZE": block, "STEPS": 4, "PTX": dtype != "*fp32"},
             )
-        for dtype, shape in itertools.product(HALVES, (*_FEW.values(), _MANY)):
+        rules = RULES.get(capability // 10, ELSEWHERE)
+        for shape in dict.fromkeys([*(rule.shape for rule in rules), BATCH_INVARIANT]):
+            dtype = HALVES[block // 16 - 1]
             x = {"x_ptr": dtype, "y_ptr": dtype, "bias_ptr": dtype, "partial_ptr": "*fp32", "arrived_ptr": "*i32"}
             tile = {"TILE_M": shape.tokens, "GROUPS": shape.groups, "STEPS": shape.steps, "STAGES": shape.stages}
             flags = {"BLOCK_SIZE": block, "WHOLE_K": False, "HAS_BIAS": True, "PTX": True}
@@ -70,19 +74,19 @@ def warps(kernel: Any, constants: dict[str, Any]) -> int:
     """A search has one warp a program; most others Triton's default."""
     if kernel is _prepare_hessian_kernel:
         return constants["SIZE"] // 2
-    if kernel is _swizzled_kernel:
-        return 2 if constants["TILE_M"] == 8 else 4
     return 1 if kernel.__name__.startswith("_search") else 4
 
 
 def compile_all(capability: int) -> None:
-    for kernel, pointers, constants in variants():
+    for kernel, pointers, constants in variants(capability):
         signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
         indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
         source = ASTSource(fn=kernel, signature=signature, constexprs=indexed)
         compiled = triton.compile(
             source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps(kernel, constants)}
         )
+        if re.search(r"warp_group_dot_wait.*pendings = [1-9]", compiled.asm["ttgir"]):
+            raise SystemExit(f"{kernel.__name__} {constants}: a product runs on while its operands are overwritten")
         print(kernel.__name__, *pointers.values(), constants, f"{len(compiled.asm['cubin'])} bytes", flush=True)
 
 

@@ -15,6 +15,7 @@ from qwantize_vllm.matmul.cpu import matmul_cpu
 from qwantize_vllm.matmul.cpu_fused import matmul_cpu_fused, why_not_fused
 from qwantize_vllm.matmul.reference import matmul_reference
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
+from qwantize_vllm.matmul.tile_shapes import BATCH_INVARIANT, TileShape, choose_shape
 
 Matmul = Callable[[torch.Tensor, Nvfp4Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -22,9 +23,6 @@ Matmul = Callable[[torch.Tensor, Nvfp4Tensor, torch.Tensor | None], torch.Tensor
 # Measured on 9 (H200); elsewhere, AMD included, a cautious guess until someone measures it.
 _FUSED_TOKENS = {9: 32}
 _FUSED_TOKENS_ELSEWHERE = 16
-# The same for a swizzled weight.
-_SWIZZLED_TOKENS = {9: 512}
-_SWIZZLED_TOKENS_ELSEWHERE = 64
 # On a CPU the fused kernel is 7 to 14 times as fast as strips at 1 token, 3 times at 32, 1.1 times at 128 (layers of
 # SmolLM2, one AVX-512 core). It ends at 32 all the same: prompts are left to the strips, which have the bits of a dense
 # layer with the dequantized weight.
@@ -88,7 +86,7 @@ def choose_backend(x: torch.Tensor) -> str:
         return "cpu_fused"
     if not x.is_cuda:
         return "cpu"  # plain PyTorch, so right on every other device too
-    limit = _by_capability(x.device, _FUSED_TOKENS, _FUSED_TOKENS_ELSEWHERE)
+    limit = _FUSED_TOKENS.get(_major(x.device) or 0, _FUSED_TOKENS_ELSEWHERE)
     return "fused" if x.dtype in _HALF and x.shape[0] <= limit else "dequantize"
 
 
@@ -109,19 +107,21 @@ def run_swizzled(
 
     if reason := BACKENDS["fused"].why_not(x):
         raise ValueError(f"a swizzled weight {reason}")
-    if backend == "auto":
-        few = x.shape[0] <= _by_capability(x.device, _SWIZZLED_TOKENS, _SWIZZLED_TOKENS_ELSEWHERE)
-        backend = "swizzled" if few else "unswizzled"
-    if backend == "unswizzled":
+    shape: TileShape | None = BATCH_INVARIANT
+    if backend in ("auto", "swizzled"):
+        shape = choose_shape(_major(x.device), x.shape[0], *weight.words.shape[:2])
+    if backend == "swizzled" and shape is None:
+        shape = BATCH_INVARIANT
+    if backend == "unswizzled" or shape is None:
         return matmul_unswizzled(x, weight, bias)
-    return matmul_swizzled(x, weight, bias, batch_invariant=backend == "batch_invariant")
+    return matmul_swizzled(x, weight, bias, shape, split=backend != "batch_invariant")
 
 
-def _by_capability(device: torch.device, table: dict[int, int], elsewhere: int) -> int:
-    """The entry of an NVIDIA GPU's major compute capability."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return elsewhere
-    return table.get(torch.cuda.get_device_capability(device)[0], elsewhere)
+def _major(device: torch.device) -> int | None:
+    """The major version of an NVIDIA GPU's compute capability; of the interpreter that of Hopper."""
+    if device.type != "cuda":
+        return 9
+    return None if torch.version.hip else torch.cuda.get_device_capability(device)[0]
 
 
 def _triton_is_interpreted() -> bool:

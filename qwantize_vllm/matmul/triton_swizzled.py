@@ -13,13 +13,13 @@ partial sums in the order of the slices: one launch, and the result does not cha
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from qwantize_vllm.matmul.swizzle import ARRIVALS, COLUMNS, ROWS, SwizzledNvfp4
+from qwantize_vllm.matmul.tile_shapes import TileShape
 from qwantize_vllm.matmul.triton_fragments import (
     TILE_COLUMNS,
     TILE_ROWS,
@@ -29,38 +29,18 @@ from qwantize_vllm.matmul.triton_fragments import (
     rescale,
 )
 
-
-class TileShape(NamedTuple):
-    """A program's tile of the result, 64*groups rows of W by so many tokens, and how it is computed: so many tiles of
-    64 columns at a time."""
-
-    tokens: int
-    groups: int
-    steps: int
-    warps: int
-    stages: int
-
-
-_FEW = {
-    8: TileShape(8, 1, 4, 2, 3),
-    16: TileShape(16, 1, 4, 4, 3),
-    32: TileShape(32, 1, 4, 4, 3),
-    64: TileShape(64, 1, 4, 4, 3),
-}
-_MANY = TileShape(64, 2, 4, 4, 2)
-# From so many groups of 64 rows on, and always beyond 64 tokens, the shape for many: it reads x half as often.
-_MANY_GROUPS = 256
 # Slices of K: so many programs a multiprocessor, as far as none gets shorter or longer than so many tiles.
 _PROGRAMS, _SHORTEST, _LONGEST = 4, 16, 64
 _INTERPRETED_MULTIPROCESSORS = 2
 
 
 def matmul_swizzled(
-    x: torch.Tensor, weight: SwizzledNvfp4, bias: torch.Tensor | None, *, batch_invariant: bool = False
+    x: torch.Tensor, weight: SwizzledNvfp4, bias: torch.Tensor | None, shape: TileShape, *, split: bool = True
 ) -> torch.Tensor:
     """x (M, K) bfloat16 or float16 -> (M, N) in x's dtype.
 
-    batch_invariant: the bits of a row do not depend on how many others there are, at some cost in time.
+    shape: see tile_shapes.py.
+    split: whether K may be cut into slices. How many depends on M, and the last bits with it.
 
     Not for two streams at once with one weight: they would share `weight.arrived`.
     """
@@ -69,9 +49,8 @@ def matmul_swizzled(
     if y.numel() == 0:
         return y
     groups, tiles = weight.words.shape[:2]
-    shape = _MANY if batch_invariant else _shape(m, groups)
     token_tiles, row_tiles = triton.cdiv(m, shape.tokens), triton.cdiv(groups, shape.groups)
-    splits = 1 if batch_invariant else _splits(x.device, token_tiles * row_tiles, tiles)
+    splits = _splits(x.device, token_tiles * row_tiles, tiles) if split else 1
     size = token_tiles * row_tiles * shape.tokens * shape.groups * ROWS
     partial = torch.empty(splits * size if splits > 1 else 0, dtype=torch.float32, device=x.device)
     _swizzled_kernel[(token_tiles, row_tiles, splits)](
@@ -101,13 +80,6 @@ def matmul_swizzled(
         num_warps=shape.warps,
     )
     return y
-
-
-def _shape(tokens: int, groups: int) -> TileShape:
-    """Measured on an H200; elsewhere a guess."""
-    if tokens > 64 or (tokens > 32 and groups >= _MANY_GROUPS):
-        return _MANY
-    return _FEW[min(limit for limit in _FEW if tokens <= limit)]
 
 
 def _splits(device: torch.device, programs: int, tiles: int) -> int:
@@ -170,7 +142,7 @@ def _swizzled_kernel(
         x = tl.load(x_ptr + start * x_stride_k, mask=inside, other=0.0)
         weight = block_values(words, scales, x_ptr.dtype.element_ty, BLOCK_SIZE, PTX)
         if PTX:
-            total = tl.dot(weight, x, total)
+            total = _finished(tl.dot(weight, x, total))
         else:
             # The interpreter multiplies the bit patterns of bfloat16: the product is taken in float32.
             total = tl.dot(weight, x.to(tl.float32), total, input_precision="ieee")
@@ -192,6 +164,16 @@ def _swizzled_kernel(
             _store(y_ptr, total, global_scale_ptr, global_scale_stride, bias_ptr, row, token, m, n, HAS_BIAS)
     else:
         _store(y_ptr, total, global_scale_ptr, global_scale_stride, bias_ptr, row, token, m, n, HAS_BIAS)
+
+
+@triton.jit
+def _finished(total):
+    """total, once it is there. An instruction of no length that uses it makes Hopper's asynchronous product end here.
+
+    Otherwise Triton 3.6 lets the product run on while the registers of its left operand take the next tile: on an H200
+    one shape of 256 rows by 128 tokens gave wrong sums so, others were right by luck.
+    """
+    return tl.inline_asm_elementwise("", "=r,0", [total], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -1,0 +1,65 @@
+"""Which launch of the kernel for swizzled weights serves how many tokens: one table per GPU architecture.
+
+Nothing is tuned while serving. `python scripts/tune_matmul.py` times the candidates on the GPU at hand and prints, for
+layers of Llama 3, the best ones in the form of the rules below.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class TileShape(NamedTuple):
+    """A program's tile of the result, 64*groups rows of W by so many tokens, and how it is computed: so many tiles of
+    64 columns at a time, by so many warps, with loads so many stages ahead."""
+
+    tokens: int
+    groups: int
+    steps: int
+    warps: int
+    stages: int
+
+
+class Rule(NamedTuple):
+    """Up to so many tokens, for weights of at least so many groups of 64 rows and tiles of 64 columns."""
+
+    tokens: int
+    groups: int
+    tiles: int
+    shape: TileShape
+
+
+# By the major version of the compute capability, the first rule that fits. Measured on an H200; beyond the last one
+# the weight is dequantized for a dense product.
+RULES = {
+    9: (
+        Rule(8, 0, 0, TileShape(8, 1, 4, 4, 3)),
+        Rule(16, 0, 0, TileShape(16, 1, 4, 4, 3)),
+        Rule(32, 256, 0, TileShape(32, 2, 2, 4, 3)),
+        Rule(32, 0, 0, TileShape(32, 1, 4, 4, 3)),
+        Rule(64, 256, 0, TileShape(64, 2, 1, 4, 4)),
+        Rule(64, 0, 0, TileShape(64, 1, 2, 4, 3)),
+        Rule(128, 256, 0, TileShape(128, 2, 1, 4, 4)),
+        Rule(256, 256, 0, TileShape(256, 1, 1, 4, 3)),
+        Rule(512, 0, 128, TileShape(128, 1, 2, 4, 3)),
+        Rule(256, 0, 0, TileShape(64, 1, 2, 4, 3)),
+        Rule(512, 0, 0, TileShape(128, 1, 2, 4, 3)),
+    )
+}
+# Elsewhere, unmeasured: small tiles, which fit the shared memory of every GPU, and dense products from early on.
+ELSEWHERE = (
+    Rule(16, 0, 0, TileShape(16, 1, 2, 4, 3)),
+    Rule(64, 0, 0, TileShape(64, 1, 1, 4, 3)),
+)
+# One shape for any number of tokens, so that the order of a row's sums never changes.
+BATCH_INVARIANT = TileShape(64, 1, 1, 4, 3)
+
+
+def choose_shape(major: int | None, tokens: int, groups: int, tiles: int) -> TileShape | None:
+    """The shape for x of so many tokens and a weight of so many groups and tiles; None where a dense product is faster.
+
+    major: of an NVIDIA GPU's compute capability; None for anything else.
+    """
+    rules = ELSEWHERE if major is None else RULES.get(major, ELSEWHERE)
+    fits = (rule.shape for rule in rules if tokens <= rule.tokens and groups >= rule.groups and tiles >= rule.tiles)
+    return next(fits, None)

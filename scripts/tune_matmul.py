@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Time the kernel for swizzled weights in every tile shape on this GPU, and print the best.
+
+    .venv/bin/python scripts/tune_matmul.py
+
+RULES in qwantize_vllm/matmul/tile_shapes.py maps the major version of the compute capability to such shapes. What this
+prints says which ones the rules should lead to; "dequantized" is what serves where no rule fits. Nothing is tuned while
+serving.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, time_call
+from qwantize_vllm.cli.bench.inputs import random_activations, random_weight
+from qwantize_vllm.matmul.swizzle import SwizzledNvfp4, swizzle
+from qwantize_vllm.matmul.tile_shapes import TileShape, choose_shape
+from qwantize_vllm.search.quantize import quantize_nvfp4
+
+LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # of Llama 3 8B
+TOKENS = [1, 16, 32, 64, 128, 256, 512, 1024]
+# (groups, steps, warps, stages)
+FORMS = [(1, 4, 2, 3), (1, 4, 4, 3), (1, 2, 4, 3), (1, 2, 4, 4), (1, 1, 4, 3), (2, 2, 4, 3), (2, 1, 4, 4), (2, 2, 8, 3)]
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(help=__doc__)
+def main(
+    layer: Annotated[list[str] | None, typer.Option(help=f"{', '.join(LAYERS)}; repeat it. Default: all.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="number of tokens; repeat it.")] = None,
+) -> None:
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("there is no CUDA GPU here; tile shapes are tuned on the GPU they are for")
+    major, minor = torch.cuda.get_device_capability()
+    table = Table(title=f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}), microseconds")
+    for column in ("layer", "tokens", "by the rules", "dequantized", "best", "second", "third"):
+        table.add_column(column)
+    for name in layer or LAYERS:
+        weights = swizzled_copies(LAYERS[name])
+        for m in tokens or TOKENS:
+            x = random_activations(m, LAYERS[name][1], torch.bfloat16, torch.device("cuda"))
+            times = {shape: time_shape(x, weights, shape) for shape in candidates(m)}
+            best = sorted((us, shape) for shape, us in times.items() if us is not None)[:3]
+            ruled = choose_shape(major, m, *weights[0].words.shape[:2])
+            by_rules = f"{time_shape(x, weights, ruled):.1f} {tuple(ruled)}" if ruled else "dequantized"
+            words = [f"{us:.1f} {tuple(shape)}" for us, shape in best]
+            table.add_row(
+                name, str(m), f"{by_rules or 0:.1f} {ruled and tuple(ruled)}", dequantized(x, weights), *words
+            )
+    Console(width=200).print(table)
+
+
+def swizzled_copies(shape: tuple[int, int]) -> list[SwizzledNvfp4]:
+    """Copies of one weight that together exceed the L2 cache."""
+    device = torch.device("cuda")
+    q = quantize_nvfp4(random_weight(shape, torch.bfloat16, device), "naive")
+    weight = swizzle(q)
+    return [
+        dataclasses.replace(weight, words=weight.words.clone(), scales=weight.scales.clone())
+        for _ in range(copies_beyond_cache(q.nbytes, device))
+    ]
+
+
+def candidates(m: int) -> list[TileShape]:
+    """Tiles that hold m tokens, and smaller ones from 64 tokens on."""
+    sizes = [size for size in (8, 16, 32, 64, 128, 256) if size < 2 * max(m, 8) and (size >= m or size >= 64)]
+    return [TileShape(size, *form) for size in sizes for form in FORMS]
+
+
+def time_shape(x: torch.Tensor, weights: list[SwizzledNvfp4], shape: TileShape) -> float | None:
+    """Microseconds of a product; None where the shape does not fit this GPU."""
+    from triton.runtime.errors import OutOfResources
+
+    from qwantize_vllm.matmul.triton_swizzled import matmul_swizzled
+
+    try:
+        calls = [functools.partial(matmul_swizzled, x, weight, None, shape) for weight in weights]
+        return 1e6 * time_call(calls, x.device).seconds
+    except OutOfResources:
+        return None
+
+
+def dequantized(x: torch.Tensor, weights: list[SwizzledNvfp4]) -> str:
+    from qwantize_vllm.matmul.triton_unswizzle import matmul_unswizzled
+
+    calls = [functools.partial(matmul_unswizzled, x, weight, None) for weight in weights]
+    return f"{1e6 * time_call(calls, x.device).seconds:.1f}"
+
+
+if __name__ == "__main__":
+    app()
