@@ -20,7 +20,8 @@ wide, without gaps, and every weight is born in the register in which the produc
 One shift by 3*plane brings s to bit 15 and m to bits 8 to 6, where the exponent of a bfloat16 ends and its mantissa
 begins: the value times 2^-126. Only plane 3 needs more.
 
-    scales   int32 (N/64, K/64, 64 rows) for blocks of 16, a byte a plane; int16 for blocks of 32, a byte two planes
+    scales   int32 (N/64, K/256, 64 rows, 4 tiles) for blocks of 16, a byte a plane; int16 for blocks of 32, a byte two
+             planes. Four tiles at a time are what few tokens are multiplied with: 16 bytes a row again.
 
 A byte of a scale has five bits of exponent and three of mantissa, 2^(e - 9) * (1 + m/8): every positive
 E4M3 value, without subnormals, so that a shift and an addition make a bfloat16 or float16 of it.
@@ -46,7 +47,7 @@ class SwizzledNvfp4:
 
     Attributes:
         words: int16 (N/64, K/64, 4, 256), N and K rounded up.
-        scales: int32 (N/64, K/64, 64), or int16 for blocks of 32.
+        scales: int32 (N/64, K/256, 64, 4), or int16 for blocks of 32.
         global_scale: float32 (), or (N,) where rows differ.
         arrived: int32 (ARRIVALS,), zeros: how many of the programs that share a tile of the result are done; zeros
             again after each call.
@@ -67,7 +68,7 @@ class SwizzledNvfp4:
         tiles = (-(-n // ROWS), -(-k // COLUMNS))
         expected: dict[str, tuple[torch.dtype, set[tuple[int, ...]]]] = {
             "words": (torch.int16, {(*tiles, 4, 256)}),
-            "scales": (_SCALES[self.block_size], {(*tiles, ROWS)}),
+            "scales": (_SCALES[self.block_size], {(tiles[0], -(-tiles[1] // 4), ROWS, 4)}),
             "global_scale": (torch.float32, {(), (n,)}),
             "arrived": (torch.int32, {(ARRIVALS,)}),
         }
@@ -97,7 +98,7 @@ def swizzle(q: Nvfp4Tensor) -> SwizzledNvfp4:
     if q.codes.dim() != 2:
         raise ValueError(f"only an unbatched (N, K) weight can be swizzled, got {tuple(q.shape)}; index it first")
     n, k = q.shape
-    blocks = COLUMNS // q.block_size
+    blocks = 4 * COLUMNS // q.block_size
     codes = _padded(q.codes, ROWS, COLUMNS // 2)
     scales = _padded(_to_e5m3(q.block_scales), ROWS, blocks)
     groups, tiles = codes.shape[0] // ROWS, codes.shape[1] // (COLUMNS // 2)
@@ -106,7 +107,7 @@ def swizzle(q: Nvfp4Tensor) -> SwizzledNvfp4:
     nibbles = nibbles.permute(5, 0, 4, 1, 3, 7, 6, 2, 8)
     return SwizzledNvfp4(
         words=_interleave(list(nibbles)).view(groups, tiles, 4, 256),
-        scales=scales.view(_SCALES[q.block_size]).view(groups, ROWS, tiles).transpose(1, 2).contiguous(),
+        scales=scales.view(_SCALES[q.block_size]).view(groups, ROWS, -1, 4).transpose(1, 2).contiguous(),
         global_scale=q.global_scale,
         arrived=torch.zeros(ARRIVALS, dtype=torch.int32, device=q.device),
         shape=(n, k),
@@ -128,7 +129,7 @@ def unswizzle(weight: SwizzledNvfp4) -> Nvfp4Tensor:
     # plane, group, tile, part, r, q, k', n', k0 -> group, part, n', r; tile, plane, k', q, k0
     nibbles = nibbles.permute(1, 3, 7, 4, 2, 0, 6, 5, 8).reshape(groups * ROWS, tiles * COLUMNS // 2, 2)
     codes = nibbles[..., 0] | (nibbles[..., 1] << 4)
-    scales = weight.scales.transpose(1, 2).reshape(groups * ROWS, tiles).contiguous().view(torch.uint8)
+    scales = weight.scales.transpose(1, 2).reshape(groups * ROWS, -1).contiguous().view(torch.uint8)
     return Nvfp4Tensor(
         codes[:n, : k // 2].contiguous(),
         _from_e5m3(scales[:n, : k // weight.block_size]).contiguous(),

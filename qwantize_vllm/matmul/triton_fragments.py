@@ -61,29 +61,32 @@ _MULTIPLY_FLOAT16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 
 
 @triton.jit
-def load_words(words_ptr, first, groups, tile, tiles, GROUPS: tl.constexpr, STEPS: tl.constexpr):
+def load_words(words_ptr, first, groups, tile, tiles, GROUPS: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr):
     """Words (64 * GROUPS rows, 16 * STEPS columns of each plane), 16 contiguous bytes a thread, of STEPS tiles.
 
-    A group or a tile that is not there repeats the last one.
+    A group that is not there repeats the last one, and so does a tile, where the tiles are not WHOLE steps.
     """
     step, part, word = tl.arange(0, STEPS), tl.arange(0, 4 * GROUPS), tl.arange(0, 256)
     group = tl.minimum(first + part // 4, groups - 1).to(tl.int64)
     part_offset = group * tiles * _TILE_WORDS + part % 4 * 256
-    step_offset = tl.minimum(tile + step, tiles - 1) * _TILE_WORDS
-    offsets = step_offset[:, None, None] + part_offset[None, :, None] + word[None, None, :]
-    words = tl.reshape(tl.load(words_ptr + offsets), (STEPS, 4 * GROUPS, 8, 4, 2, 2, 2))  # step, part, r, q, k', n', k0
+    if not WHOLE:
+        step = tl.minimum(step, tiles - 1 - tile)
+    offsets = (step * _TILE_WORDS)[:, None, None] + part_offset[None, :, None] + word[None, None, :]
+    words = tl.load(words_ptr + offsets + tile * _TILE_WORDS)
+    words = tl.reshape(words, (STEPS, 4 * GROUPS, 8, 4, 2, 2, 2))  # step, part, r, q, k', n', k0
     words = tl.permute(words, (1, 5, 2, 0, 4, 3, 6))  # part, n', r; step, k', q, k0
     return tl.reshape(words, (GROUPS * TILE_ROWS, STEPS * 16))
 
 
 @triton.jit
 def load_scales(scales_ptr, first, groups, tile, tiles, GROUPS: tl.constexpr, STEPS: tl.constexpr):
-    """int32 (64 * GROUPS rows, STEPS tiles)."""
+    """int32 (64 * GROUPS rows, STEPS tiles); STEPS is 1, 2 or 4 and tile a multiple of it."""
     row, step = tl.arange(0, GROUPS * TILE_ROWS), tl.arange(0, STEPS)
     group = tl.minimum(first + row // TILE_ROWS, groups - 1).to(tl.int64)
-    row_offset = group * tiles * TILE_ROWS + row % TILE_ROWS
-    offsets = row_offset[:, None] + (tl.minimum(tile + step, tiles - 1) * TILE_ROWS)[None, :]
-    return tl.load(scales_ptr + offsets).to(tl.int32)
+    row_offset = (group * tl.cdiv(tiles, 4) * TILE_ROWS + row % TILE_ROWS) * 4
+    offsets = row_offset[:, None] + step[None, :]
+    start = tile // 4 * (4 * TILE_ROWS) + tl.multiple_of(tile % 4, STEPS)
+    return tl.load(scales_ptr + offsets + tl.multiple_of(start, STEPS)).to(tl.int32)
 
 
 @triton.jit
@@ -94,9 +97,20 @@ def _scale_byte(scales, plane: tl.constexpr, BLOCK_SIZE: tl.constexpr):
 
 @triton.jit
 def block_values(words, scales, dtype: tl.constexpr, BLOCK_SIZE: tl.constexpr, PTX: tl.constexpr):
-    """value * block_scale (rows, columns); where PTX, in dtype and in units that rescale undoes."""
+    """value * block_scale (rows, 64 columns of each tile); where PTX, in dtype and in units that rescale undoes."""
+    first, second, third, fourth = plane_values(words, scales, dtype, BLOCK_SIZE, PTX)
+    rows: tl.constexpr = first.shape[0]
+    tiles: tl.constexpr = first.shape[1] // 16
+    joined = tl.join(tl.join(first, third), tl.join(second, fourth))  # plane = 2 * (last axis but one) + last axis
+    joined = tl.permute(tl.reshape(joined, (rows, tiles, 16, 2, 2)), (0, 1, 3, 4, 2))
+    return tl.reshape(joined, (rows, tiles * TILE_COLUMNS))
+
+
+@triton.jit
+def plane_values(words, scales, dtype: tl.constexpr, BLOCK_SIZE: tl.constexpr, PTX: tl.constexpr):
+    """The same for each plane by itself, (rows, its 16 columns of each tile)."""
     first, second, third, fourth = _planes(words, dtype, PTX)
-    return _join_planes(
+    return (
         _scaled(first, _scale_byte(scales, 0, BLOCK_SIZE), dtype, PTX),
         _scaled(second, _scale_byte(scales, 1, BLOCK_SIZE), dtype, PTX),
         _scaled(third, _scale_byte(scales, 2, BLOCK_SIZE), dtype, PTX),
@@ -158,16 +172,6 @@ def _spread(scale):
     return tl.reshape(
         tl.broadcast_to(scale[:, :, None], (scale.shape[0], scale.shape[1], 16)), (scale.shape[0], scale.shape[1] * 16)
     )
-
-
-@triton.jit
-def _join_planes(first, second, third, fourth):
-    """Four planes (rows, 16 * tiles) to (rows, 64 * tiles), columns in their order."""
-    rows: tl.constexpr = first.shape[0]
-    tiles: tl.constexpr = first.shape[1] // 16
-    joined = tl.join(tl.join(first, third), tl.join(second, fourth))  # plane = 2 * (last axis but one) + last axis
-    joined = tl.permute(tl.reshape(joined, (rows, tiles, 16, 2, 2)), (0, 1, 3, 4, 2))
-    return tl.reshape(joined, (rows, tiles * TILE_COLUMNS))
 
 
 @triton.jit

@@ -26,11 +26,14 @@ from qwantize_vllm.matmul.triton_fragments import (
     block_values,
     load_scales,
     load_words,
+    plane_values,
     rescale,
 )
 
-# Slices of K: so many programs a multiprocessor, as far as none gets shorter or longer than so many tiles.
-_PROGRAMS, _SHORTEST, _LONGEST = 4, 16, 64
+# Slices of K: so many programs a multiprocessor (more where a program has little to do), as far as none gets shorter or
+# longer than so many tiles of 64 columns.
+_PROGRAMS_FOR_FEW, _PROGRAMS, _FEW_TOKENS = 4, 3, 16
+_SHORTEST, _LONGEST = 16, 64
 _INTERPRETED_MULTIPROCESSORS = 2
 
 
@@ -50,7 +53,7 @@ def matmul_swizzled(
         return y
     groups, tiles = weight.words.shape[:2]
     token_tiles, row_tiles = triton.cdiv(m, shape.tokens), triton.cdiv(groups, shape.groups)
-    splits = _splits(x.device, token_tiles * row_tiles, tiles) if split else 1
+    splits = _splits(x.device, shape.tokens, token_tiles * row_tiles, tiles) if split else 1
     size = token_tiles * row_tiles * shape.tokens * shape.groups * ROWS
     partial = torch.empty(splits * size if splits > 1 else 0, dtype=torch.float32, device=x.device)
     _swizzled_kernel[(token_tiles, row_tiles, splits)](
@@ -73,6 +76,7 @@ def matmul_swizzled(
         TILE_M=shape.tokens,
         GROUPS=shape.groups,
         STEPS=shape.steps,
+        JOINED=shape.joined,
         WHOLE_K=k % (shape.steps * COLUMNS) == 0,
         HAS_BIAS=bias is not None,
         PTX=x.is_cuda and torch.version.hip is None,
@@ -82,12 +86,13 @@ def matmul_swizzled(
     return y
 
 
-def _splits(device: torch.device, programs: int, tiles: int) -> int:
-    """Slices of K, of so many tiles of 64 columns, where one slice makes so many programs."""
+def _splits(device: torch.device, tokens: int, programs: int, tiles: int) -> int:
+    """Slices of K, a power of two, where one slice makes so many programs, each of so many tokens and tiles."""
     if programs > ARRIVALS:
         return 1
-    wanted = _PROGRAMS * _multiprocessors(device) // programs
-    return max(1, min(tiles // _SHORTEST, max(wanted, triton.cdiv(tiles, _LONGEST))))
+    wanted = (_PROGRAMS_FOR_FEW if tokens <= _FEW_TOKENS else _PROGRAMS) * _multiprocessors(device) // programs
+    splits = max(1, min(tiles // _SHORTEST, max(wanted, triton.cdiv(tiles, _LONGEST))))
+    return 1 << (splits.bit_length() - 1)
 
 
 @functools.cache
@@ -119,6 +124,7 @@ def _swizzled_kernel(
     TILE_M: tl.constexpr,
     GROUPS: tl.constexpr,
     STEPS: tl.constexpr,
+    JOINED: tl.constexpr,
     WHOLE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PTX: tl.constexpr,
@@ -128,25 +134,26 @@ def _swizzled_kernel(
     split, splits = tl.program_id(2), tl.num_programs(2)
     token = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
     first = tl.program_id(1) * GROUPS
-    column = tl.arange(0, STEPS * TILE_COLUMNS)
-    x_ptr += token.to(tl.int64)[None, :] * x_stride_m + column[:, None] * x_stride_k
+    x_ptr += token.to(tl.int64)[None, :] * x_stride_m
+    inside = (token < m)[None, :]
+    dtype = x_ptr.dtype.element_ty
     total = tl.zeros((GROUPS * TILE_ROWS, TILE_M), dtype=tl.float32)
     turns = tl.cdiv(tiles, STEPS)
     for turn in tl.range(split * turns // splits, (split + 1) * turns // splits, num_stages=STAGES):
-        words = load_words(words_ptr, first, groups, turn * STEPS, tiles, GROUPS, STEPS)
+        words = load_words(words_ptr, first, groups, turn * STEPS, tiles, GROUPS, STEPS, WHOLE_K)
         scales = load_scales(scales_ptr, first, groups, turn * STEPS, tiles, GROUPS, STEPS)
         start = turn * (STEPS * TILE_COLUMNS)
-        inside = (token < m)[None, :]
-        if not WHOLE_K:
-            inside = inside & (start + column < k)[:, None]
-        x = tl.load(x_ptr + start * x_stride_k, mask=inside, other=0.0)
-        weight = block_values(words, scales, x_ptr.dtype.element_ty, BLOCK_SIZE, PTX)
-        if PTX:
-            total = _finished(tl.dot(weight, x, total))
+        if JOINED:
+            x = _load_x(x_ptr, start + tl.arange(0, STEPS * TILE_COLUMNS), x_stride_k, k, inside, WHOLE_K)
+            weight = block_values(words, scales, dtype, BLOCK_SIZE, PTX)
+            total = _finished(_product(weight, x, total, PTX), PTX)
         else:
-            # The interpreter multiplies the bit patterns of bfloat16: the product is taken in float32.
-            total = tl.dot(weight, x.to(tl.float32), total, input_precision="ieee")
-    total *= rescale(x_ptr.dtype.element_ty, PTX)
+            values = plane_values(words, scales, dtype, BLOCK_SIZE, PTX)
+            column = start + tl.arange(0, STEPS * 16) // 16 * TILE_COLUMNS + tl.arange(0, STEPS * 16) % 16
+            for plane in tl.static_range(4):
+                x = _load_x(x_ptr, column + plane * 16, x_stride_k, k, inside, WHOLE_K)
+                total = _product(values[plane], x, total, PTX)
+    total *= rescale(dtype, PTX)
     row = first * TILE_ROWS + tl.arange(0, GROUPS * TILE_ROWS)
     if splits > 1:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -167,13 +174,33 @@ def _swizzled_kernel(
 
 
 @triton.jit
-def _finished(total):
+def _load_x(x_ptr, column, x_stride_k, k, inside, WHOLE_K: tl.constexpr):
+    """x' (columns, tokens), zero beyond the end."""
+    if not WHOLE_K:
+        inside = inside & (column < k)[:, None]
+    return tl.load(x_ptr + column[:, None] * x_stride_k, mask=inside, other=0.0)
+
+
+@triton.jit
+def _product(weight, x, total, PTX: tl.constexpr):
+    if PTX:
+        return tl.dot(weight, x, total)
+    else:
+        # The interpreter multiplies the bit patterns of bfloat16: the product is taken in float32.
+        return tl.dot(weight, x.to(tl.float32), total, input_precision="ieee")
+
+
+@triton.jit
+def _finished(total, PTX: tl.constexpr):
     """total, once it is there. An instruction of no length that uses it makes Hopper's asynchronous product end here.
 
     Otherwise Triton 3.6 lets the product run on while the registers of its left operand take the next tile: on an H200
     one shape of 256 rows by 128 tokens gave wrong sums so, others were right by luck.
     """
-    return tl.inline_asm_elementwise("", "=r,0", [total], dtype=tl.float32, is_pure=True, pack=1)
+    if not PTX:
+        return total
+    else:
+        return tl.inline_asm_elementwise("", "=r,0", [total], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -67,7 +67,7 @@ def _unswizzle_kernel(
     PTX: tl.constexpr,
 ):
     tile, group = tl.program_id(0) * STEPS, tl.program_id(1)
-    words = load_words(words_ptr, group, groups, tile, tiles, 1, STEPS)
+    words = load_words(words_ptr, group, groups, tile, tiles, 1, STEPS, False)
     scales = load_scales(scales_ptr, group, groups, tile, tiles, 1, STEPS)
     weight = block_values(words, scales, out_ptr.dtype.element_ty, BLOCK_SIZE, PTX).to(tl.float32)
     row = group * TILE_ROWS + tl.arange(0, TILE_ROWS)

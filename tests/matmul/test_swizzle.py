@@ -48,7 +48,7 @@ def test_each_code_and_scale_is_where_the_layout_says():
         lane = 4 * (row % 8) + column % 8 // 2
         word = int(weight.words[group, tile, part, lane * 8 + 4 * (column // 8) + 2 * (row // 8) + column % 2])
         assert [word >> place & 1 for place in places[plane]] == [int(codes[n, k]) >> bit & 1 for bit in (3, 2, 1, 0)]
-        byte = int(weight.scales[group, tile, n % ROWS]) >> (8 * plane) & 255
+        byte = int(weight.scales[group, tile // 4, n % ROWS, tile % 4]) >> (8 * plane) & 255
         assert 2.0 ** ((byte >> 3) - 9) * (1 + (byte & 7) / 8) == float(q.block_scales[n, k // 16])
 
 

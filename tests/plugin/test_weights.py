@@ -1,0 +1,94 @@
+"""The forms in which a layer keeps its quantized weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+pytest.importorskip("triton")
+
+from qwantize_vllm import QwantizeSettings, quantize_nvfp4
+from qwantize_vllm.plugin.weights import PlainForm, QuantizedLayer, SwizzledForm, VllmForm, choose_form
+from tests.matmul.test_matmul import TOLERANCE, relative_error
+from tests.numbers import make_weight
+
+WIDTHS = [[70], [48, 16, 6]]
+
+
+def quantize(widths, device="cpu", seed=0):
+    parts = [make_weight("gaussian", n, 96, torch.float16, seed=seed + n).to(device) for n in widths]
+    return QuantizedLayer.of([quantize_nvfp4(part) for part in parts], torch.float16)
+
+
+def exact_product(x, quantized):
+    members = zip(quantized.codes.split(quantized.widths), quantized.block_scales.split(quantized.widths), strict=True)
+    dense = [
+        quantized.whole.__class__(codes, scales, scale).dequantize().double()
+        for (codes, scales), scale in zip(members, quantized.global_scales, strict=True)
+    ]
+    return x.double() @ torch.cat(dense).T
+
+
+def new_layer(device="cpu"):
+    layer = torch.nn.Module()
+    layer.register_parameter("weight", torch.nn.Parameter(torch.zeros(70, 96, device=device), requires_grad=False))
+    return layer
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("form_of", [lambda q: PlainForm(q, "auto"), SwizzledForm], ids=["plain", "swizzled"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_form_multiplies_by_what_it_keeps(kernel_on, widths, form_of, with_bias):
+    quantized = quantize(widths, kernel_on)
+    layer, form = new_layer(kernel_on), form_of(quantized)
+    kept = form.keep(layer, quantized)
+    assert kept == sum(parameter.nbytes for parameter in layer.parameters())
+    padded = 128 * (64 + 128 // 16) + 128 * 256 // 16 - 128 * 8 + 4 * 70  # rows to 128, columns to 128, scales to 256
+    assert kept <= padded
+    x = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(0)).half().to(kernel_on)
+    bias = torch.linspace(-1, 1, 70, device=kernel_on).half() if with_bias else None
+    exact = exact_product(x, quantized) + (0 if bias is None else bias.double())
+    assert relative_error(form.apply(layer, x, bias), exact) < TOLERANCE[torch.float16]
+
+
+def test_a_reload_keeps_the_scratch_that_cuda_graphs_know(kernel_on):
+    first, second = quantize([70], kernel_on), quantize([70], kernel_on, seed=1)
+    layer, form = new_layer(kernel_on), SwizzledForm(first)
+    form.keep(layer, first)
+    scratch = layer.weight_arrived
+    scratch += 1  # what sleep mode may leave there
+    form.keep(layer, second)
+    assert layer.weight_arrived is scratch
+    assert not scratch.any()
+    x = torch.randn(3, 96).half().to(kernel_on)
+    assert relative_error(form.apply(layer, x, None), exact_product(x, second)) < TOLERANCE[torch.float16]
+
+
+def test_a_cpu_gets_the_plain_form():
+    assert isinstance(choose_form(QwantizeSettings(), quantize([70])), PlainForm)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_the_swizzled_form_for_half_precision():
+    quantized = quantize([70], "cuda")
+    assert isinstance(choose_form(QwantizeSettings(), quantized), SwizzledForm)
+    assert isinstance(choose_form(QwantizeSettings(backend="dequantize"), quantized), PlainForm)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_of_vllm_that_cannot_run_are_refused_by_name():
+    with pytest.raises(ValueError, match="backend 'marlin' needs a CUDA GPU"):
+        choose_form(QwantizeSettings(backend="marlin"), quantize([70]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["vllm", "marlin"])
+def test_kernels_of_vllm_multiply_by_what_they_made(backend):
+    parts = [make_weight("gaussian", 512, 256, torch.bfloat16).cuda()]
+    quantized = QuantizedLayer.of([quantize_nvfp4(part) for part in parts], torch.bfloat16)
+    layer, form = new_layer("cuda"), choose_form(QwantizeSettings(backend=backend), quantized)
+    assert isinstance(form, VllmForm)
+    form.keep(layer, quantized)
+    x = torch.randn(3, 256, device="cuda").bfloat16()
+    assert relative_error(form.apply(layer, x, None), exact_product(x, quantized)) < 4e-3
