@@ -53,8 +53,8 @@ def variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, A
         for shape in dict.fromkeys([*(rule.shape for rule in rules), BATCH_INVARIANT]):
             dtype = HALVES[block // 16 - 1]
             x = {"x_ptr": dtype, "y_ptr": dtype, "bias_ptr": dtype, "partial_ptr": "*fp32", "arrived_ptr": "*i32"}
-            tile = {"TILE_M": shape.tokens, "GROUPS": shape.groups, "STEPS": shape.steps, "JOINED": shape.joined}
-            flags = {"BLOCK_SIZE": block, "WHOLE_K": False, "HAS_BIAS": True, "PTX": True, "STAGES": shape.stages}
+            tile = {"TILE_M": shape.tokens, "GROUPS": shape.groups, "STEPS": shape.steps, "STAGES": shape.stages}
+            flags = {"BLOCK_SIZE": block, "WHOLE_K": False, "HAS_BIAS": True, "PTX": True}
             yield _swizzled_kernel, {**x, **read}, {**tile, **flags}
         yield (
             _prepare_hessian_kernel,
@@ -74,8 +74,6 @@ def warps(kernel: Any, constants: dict[str, Any]) -> int:
     """A search has one warp a program; most others Triton's default."""
     if kernel is _prepare_hessian_kernel:
         return constants["SIZE"] // 2
-    if kernel is _swizzled_kernel:
-        return 2 if constants["TILE_M"] == 8 else 4
     return 1 if kernel.__name__.startswith("_search") else 4
 
 

@@ -19,12 +19,6 @@ class TileShape(NamedTuple):
     warps: int
     stages: int
 
-    @property
-    def joined(self) -> bool:
-        """Whether the planes make one product: Hopper's large one. Its small one, for 8 tokens, takes them one by one,
-        as joined Triton would give it their columns in another order than the one in which they lie."""
-        return self.tokens > 8
-
 
 class Rule(NamedTuple):
     """Up to so many tokens, for weights of at least so many groups of 64 rows and tiles of 64 columns."""
@@ -39,7 +33,7 @@ class Rule(NamedTuple):
 # the weight is dequantized for a dense product.
 RULES = {
     9: (
-        Rule(8, 0, 0, TileShape(8, 1, 4, 2, 3)),
+        Rule(8, 0, 0, TileShape(8, 1, 4, 4, 3)),
         Rule(16, 0, 0, TileShape(16, 1, 4, 4, 3)),
         Rule(32, 256, 0, TileShape(32, 2, 2, 4, 3)),
         Rule(32, 0, 0, TileShape(32, 1, 4, 4, 3)),

@@ -98,24 +98,16 @@ def _scale_byte(scales, plane: tl.constexpr, BLOCK_SIZE: tl.constexpr):
 @triton.jit
 def block_values(words, scales, dtype: tl.constexpr, BLOCK_SIZE: tl.constexpr, PTX: tl.constexpr):
     """value * block_scale (rows, 64 columns of each tile); where PTX, in dtype and in units that rescale undoes."""
-    first, second, third, fourth = plane_values(words, scales, dtype, BLOCK_SIZE, PTX)
+    first, second, third, fourth = _planes(words, dtype, PTX)
+    first = _scaled(first, _scale_byte(scales, 0, BLOCK_SIZE), dtype, PTX)
+    second = _scaled(second, _scale_byte(scales, 1, BLOCK_SIZE), dtype, PTX)
+    third = _scaled(third, _scale_byte(scales, 2, BLOCK_SIZE), dtype, PTX)
+    fourth = _scaled(fourth, _scale_byte(scales, 3, BLOCK_SIZE), dtype, PTX)
     rows: tl.constexpr = first.shape[0]
     tiles: tl.constexpr = first.shape[1] // 16
     joined = tl.join(tl.join(first, third), tl.join(second, fourth))  # plane = 2 * (last axis but one) + last axis
     joined = tl.permute(tl.reshape(joined, (rows, tiles, 16, 2, 2)), (0, 1, 3, 4, 2))
     return tl.reshape(joined, (rows, tiles * TILE_COLUMNS))
-
-
-@triton.jit
-def plane_values(words, scales, dtype: tl.constexpr, BLOCK_SIZE: tl.constexpr, PTX: tl.constexpr):
-    """The same for each plane by itself, (rows, its 16 columns of each tile)."""
-    first, second, third, fourth = _planes(words, dtype, PTX)
-    return (
-        _scaled(first, _scale_byte(scales, 0, BLOCK_SIZE), dtype, PTX),
-        _scaled(second, _scale_byte(scales, 1, BLOCK_SIZE), dtype, PTX),
-        _scaled(third, _scale_byte(scales, 2, BLOCK_SIZE), dtype, PTX),
-        _scaled(fourth, _scale_byte(scales, 3, BLOCK_SIZE), dtype, PTX),
-    )
 
 
 @triton.jit

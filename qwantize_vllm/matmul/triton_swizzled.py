@@ -26,7 +26,6 @@ from qwantize_vllm.matmul.triton_fragments import (
     block_values,
     load_scales,
     load_words,
-    plane_values,
     rescale,
 )
 
@@ -76,7 +75,6 @@ def matmul_swizzled(
         TILE_M=shape.tokens,
         GROUPS=shape.groups,
         STEPS=shape.steps,
-        JOINED=shape.joined,
         WHOLE_K=k % (shape.steps * COLUMNS) == 0,
         HAS_BIAS=bias is not None,
         PTX=x.is_cuda and torch.version.hip is None,
@@ -124,7 +122,6 @@ def _swizzled_kernel(
     TILE_M: tl.constexpr,
     GROUPS: tl.constexpr,
     STEPS: tl.constexpr,
-    JOINED: tl.constexpr,
     WHOLE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PTX: tl.constexpr,
@@ -143,16 +140,9 @@ def _swizzled_kernel(
         words = load_words(words_ptr, first, groups, turn * STEPS, tiles, GROUPS, STEPS, WHOLE_K)
         scales = load_scales(scales_ptr, first, groups, turn * STEPS, tiles, GROUPS, STEPS)
         start = turn * (STEPS * TILE_COLUMNS)
-        if JOINED:
-            x = _load_x(x_ptr, start + tl.arange(0, STEPS * TILE_COLUMNS), x_stride_k, k, inside, WHOLE_K)
-            weight = block_values(words, scales, dtype, BLOCK_SIZE, PTX)
-            total = _finished(_product(weight, x, total, PTX), PTX)
-        else:
-            values = plane_values(words, scales, dtype, BLOCK_SIZE, PTX)
-            column = start + tl.arange(0, STEPS * 16) // 16 * TILE_COLUMNS + tl.arange(0, STEPS * 16) % 16
-            for plane in tl.static_range(4):
-                x = _load_x(x_ptr, column + plane * 16, x_stride_k, k, inside, WHOLE_K)
-                total = _product(values[plane], x, total, PTX)
+        x = _load_x(x_ptr, start + tl.arange(0, STEPS * TILE_COLUMNS), x_stride_k, k, inside, WHOLE_K)
+        weight = block_values(words, scales, dtype, BLOCK_SIZE, PTX)
+        total = _product(weight, x, total, PTX)
     total *= rescale(dtype, PTX)
     row = first * TILE_ROWS + tl.arange(0, GROUPS * TILE_ROWS)
     if splits > 1:
@@ -183,24 +173,18 @@ def _load_x(x_ptr, column, x_stride_k, k, inside, WHOLE_K: tl.constexpr):
 
 @triton.jit
 def _product(weight, x, total, PTX: tl.constexpr):
+    """total + weight x, when it is there.
+
+    On Hopper an instruction of no length that uses the sum makes the asynchronous product end here. Otherwise Triton
+    3.6 lets it run on while the registers of its left operand take the next tile: on an H200 one shape, of 256 rows by
+    128 tokens, gave wrong sums so; the others were right by luck.
+    """
     if PTX:
-        return tl.dot(weight, x, total)
+        total = tl.dot(weight, x, total)
+        return tl.inline_asm_elementwise("", "=r,0", [total], dtype=tl.float32, is_pure=True, pack=1)
     else:
         # The interpreter multiplies the bit patterns of bfloat16: the product is taken in float32.
         return tl.dot(weight, x.to(tl.float32), total, input_precision="ieee")
-
-
-@triton.jit
-def _finished(total, PTX: tl.constexpr):
-    """total, once it is there. An instruction of no length that uses it makes Hopper's asynchronous product end here.
-
-    Otherwise Triton 3.6 lets the product run on while the registers of its left operand take the next tile: on an H200
-    one shape of 256 rows by 128 tokens gave wrong sums so, others were right by luck.
-    """
-    if not PTX:
-        return total
-    else:
-        return tl.inline_asm_elementwise("", "=r,0", [total], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

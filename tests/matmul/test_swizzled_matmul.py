@@ -35,7 +35,7 @@ def make(device, n, k, m, dtype, block_size=16, kind="gaussian"):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize(("n", "k"), [(64, 256), (9, 32), (130, 2080)])
-@pytest.mark.parametrize("m", [1, 9, 17, 33, 70])
+@pytest.mark.parametrize("m", [1, 9, 70])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_product_against_float64(kernel_on, dtype, block_size, n, k, m, with_bias):
     x, q = make(kernel_on, n, k, m, dtype, block_size)
@@ -61,9 +61,9 @@ SHAPES = list(dict.fromkeys(rule.shape for rules in (*RULES.values(), ELSEWHERE)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("splits", [1, 3, 8])
+@pytest.mark.parametrize("splits", [1, 3])
 def test_every_shape_and_number_of_slices(kernel_on, monkeypatch, shape, splits):
-    x, q = make(kernel_on, 200, 2304, 21, torch.float16)
+    x, q = make(kernel_on, 100, 1152, 21, torch.float16)
     monkeypatch.setattr(triton_swizzled, "_splits", lambda *_: splits)
     weight = swizzle(q)
     y = matmul_swizzled(x, weight, None, shape)
