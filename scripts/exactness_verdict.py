@@ -34,8 +34,8 @@ class Tally:
         peer_worse: its error is larger beyond float64 rounding; peer_nan of them are NaN or infinite.
         peer_better: its error is smaller by more than the tolerance; has to be 0.
         peer_better_strictly: its error is smaller beyond float64 rounding, at codes that are the format's.
-        peer_better_by_ties: smaller by more than the tolerance, with codes that the format does not have there: the
-            peer rounds ties down, the format to even, and r'Hr can profit from either. Not in peer_better.
+        peer_better_by_ties: smaller by more than the tolerance, with codes or a scale that the format does not have
+            there: the peer rounds ties down, the format to even, and r'Hr can profit from either. Not in peer_better.
         worst_by_hessian: worst, for each kind of Hessian.
     """
 
@@ -162,7 +162,9 @@ def _judge_peer(
     """(columns, rows): whether the peer's error is smaller by more than the tolerance, at the format's codes."""
     error = measure.error(chunk.blocks.exact - dequantized).nan_to_num(nan=torch.inf)
     format_has = torch.copysign(chunk.blocks.nearest(scale), chunk.blocks.exact)
-    same_codes = (dequantized == format_has).all(dim=1)
+    # 0.1.1 takes 1e-12 for the scale of a block that E4M3 snaps to zero, and gains as much on it.
+    is_e4m3 = (scale.float().to(torch.float8_e4m3fn).double() == scale).all(dim=1)
+    same_codes = (dequantized == format_has).all(dim=1) & is_e4m3
     better = chunk.got > error + chunk.allowed
     rounding = ROUNDING * chunk.got.abs()
     tally.peer_blocks += error.numel()
