@@ -41,9 +41,8 @@ RULES = {
         Rule(64, 0, 0, TileShape(64, 1, 2, 4, 3)),
         Rule(128, 256, 0, TileShape(128, 2, 1, 4, 4)),
         Rule(256, 256, 0, TileShape(256, 1, 1, 4, 3)),
-        Rule(512, 0, 128, TileShape(128, 1, 2, 4, 3)),
+        Rule(256, 0, 128, TileShape(128, 1, 2, 4, 3)),
         Rule(256, 0, 0, TileShape(64, 1, 2, 4, 3)),
-        Rule(512, 0, 0, TileShape(128, 1, 2, 4, 3)),
     )
 }
 # Elsewhere, unmeasured: small tiles, which fit the shared memory of every GPU, and dense products from early on.
