@@ -44,6 +44,10 @@ def run_calibration(
             return
         if not (model and text):
             raise ValueError("give MODEL and --text, or files to --merge")
+        if out.resolve().parent == Path(model).resolve():
+            raise ValueError(
+                f"--out {out} is in the model's directory, where vLLM would take it for weights; choose another"
+            )
         from qwantize_vllm.plugin.calibration import calibrate
         from qwantize_vllm.plugin.corpus import read_windows
 

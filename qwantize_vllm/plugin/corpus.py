@@ -20,10 +20,8 @@ def read_windows(model: str, texts: Sequence[Path], num_tokens: int, seq_len: in
     windows: list[list[int]] = []
     left = num_tokens
     for path in texts:
-        tokens = (
-            _jsonl_tokens(tokenizer, path) if path.suffix == ".jsonl" else _tokens(tokenizer, path.read_text("utf-8"))
-        )
-        tokens = tokens[:left]
+        read = _jsonl_tokens if path.suffix == ".jsonl" else _text_tokens
+        tokens = read(tokenizer, path)[:left]
         left -= len(tokens)
         windows += [tokens[i : i + seq_len] for i in range(0, len(tokens), seq_len)]
     if not windows:

@@ -28,3 +28,14 @@ def test_eval_refuses_what_it_cannot_read_before_an_engine_starts(tmp_path, argu
     result = runner.invoke(app, ["eval", "model", "--text", str(text), *arguments], env={"COLUMNS": "400"})
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_calibrate_does_not_write_where_vllm_reads_weights(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a")
+    out = tmp_path / "hessians.safetensors"
+    arguments = ["calibrate", str(tmp_path), "--text", str(text), "--out", str(out)]
+    result = runner.invoke(app, arguments, env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert "is in the model's directory" in result.output
+    assert not out.exists()

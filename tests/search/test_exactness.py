@@ -176,6 +176,14 @@ def test_a_peer_with_codes_that_the_format_does_not_have_is_counted_apart():
     assert tally.peer_better_by_ties > 0
 
 
+def test_a_peer_with_a_scale_that_the_format_does_not_have_is_counted_apart():
+    weight = torch.full((4, 16), 1e-6)
+    q = quantize_nvfp4(weight, "optimal", global_scale="none", backend="reference")
+    peer = lambda z, _: (torch.full((*z.shape[:-1], 1), 1e-8), torch.full_like(z, 6e-8))  # noqa: E731
+    tally = verdict(Result(weight, q, q.block_scales), peer=peer)
+    assert (tally.blocks, tally.failures, tally.peer_better, tally.peer_better_by_ties) == (4, 0, 0, 4)
+
+
 def test_nan_is_never_better():
     nan = peer_by("optimal", lambda scales, dequantized: (scales, dequantized * torch.nan))
     tally = verdict(searched("naive"), peer=nan)
