@@ -61,7 +61,7 @@ SHAPES = list(dict.fromkeys(rule.shape for rules in (*RULES.values(), ELSEWHERE)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("splits", [pytest.param(1, marks=pytest.mark.gpu), 3])
 def test_every_shape_and_number_of_slices(kernel_on, monkeypatch, shape, splits):
     x, q = make(kernel_on, 100, 1152, 21, torch.float16)
     monkeypatch.setattr(triton_swizzled, "_splits", lambda *_: splits)
