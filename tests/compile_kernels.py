@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qwantize_vllm.matmul.tile_shapes import BATCH_INVARIANT, ELSEWHERE, RULES
+from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, ELSEWHERE, RULES
 from qwantize_vllm.matmul.triton_dequantize import _dequantize_kernel
 from qwantize_vllm.matmul.triton_fused import _fused_kernel, _reduce_kernel
 from qwantize_vllm.matmul.triton_swizzled import _swizzled_kernel
@@ -50,7 +50,7 @@ def variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, A
                 {"BLOCK_SIZE": block, "STEPS": 4, "PTX": dtype != "*fp32"},
             )
         rules = RULES.get(capability // 10, ELSEWHERE)
-        for shape in dict.fromkeys([*(rule.shape for rule in rules), BATCH_INVARIANT]):
+        for shape in dict.fromkeys([*(rule.shape for rule in rules), ANY_TOKENS]):
             dtype = HALVES[block // 16 - 1]
             x = {"x_ptr": dtype, "y_ptr": dtype, "bias_ptr": dtype, "partial_ptr": "*fp32", "arrived_ptr": "*i32"}
             tile = {"TILE_M": shape.tokens, "GROUPS": shape.groups, "STEPS": shape.steps, "STAGES": shape.stages}

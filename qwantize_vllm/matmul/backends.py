@@ -13,9 +13,10 @@ import torch
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.cpu import matmul_cpu
 from qwantize_vllm.matmul.cpu_fused import matmul_cpu_fused, why_not_fused
+from qwantize_vllm.matmul.gpu import capability_major
 from qwantize_vllm.matmul.reference import matmul_reference
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
-from qwantize_vllm.matmul.tile_shapes import BATCH_INVARIANT, TileShape, choose_shape
+from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, choose_shape
 
 Matmul = Callable[[torch.Tensor, Nvfp4Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -86,7 +87,7 @@ def choose_backend(x: torch.Tensor) -> str:
         return "cpu_fused"
     if not x.is_cuda:
         return "cpu"  # plain PyTorch, so right on every other device too
-    limit = _FUSED_TOKENS.get(_major(x.device) or 0, _FUSED_TOKENS_ELSEWHERE)
+    limit = _FUSED_TOKENS.get(capability_major(x.device) or 0, _FUSED_TOKENS_ELSEWHERE)
     return "fused" if x.dtype in _HALF and x.shape[0] <= limit else "dequantize"
 
 
@@ -107,21 +108,11 @@ def run_swizzled(
 
     if reason := BACKENDS["fused"].why_not(x):
         raise ValueError(f"a swizzled weight {reason}")
-    shape: TileShape | None = BATCH_INVARIANT
-    if backend in ("auto", "swizzled"):
-        shape = choose_shape(_major(x.device), x.shape[0], *weight.words.shape[:2])
-    if backend == "swizzled" and shape is None:
-        shape = BATCH_INVARIANT
-    if backend == "unswizzled" or shape is None:
+    invariant = backend == "batch_invariant"
+    shape = None if invariant else choose_shape(capability_major(x.device), x.shape[0], *weight.words.shape[:2])
+    if backend == "unswizzled" or (backend == "auto" and shape is None):
         return matmul_unswizzled(x, weight, bias)
-    return matmul_swizzled(x, weight, bias, shape, split=backend != "batch_invariant")
-
-
-def _major(device: torch.device) -> int | None:
-    """The major version of an NVIDIA GPU's compute capability; of the interpreter that of Hopper."""
-    if device.type != "cuda":
-        return 9
-    return None if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+    return matmul_swizzled(x, weight, bias, shape or ANY_TOKENS, split=not invariant)
 
 
 def _triton_is_interpreted() -> bool:

@@ -29,19 +29,11 @@ def matmul_op(
 
 
 @matmul_op.register_fake
-def _(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    block_scales: torch.Tensor,
-    global_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    block_size: int,
-    backend: str,
-) -> torch.Tensor:
+def _(x: torch.Tensor, codes: torch.Tensor, *rest: object) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
-# `arrived` is scratch: written, but zeros before and after. Declared as mutated, it would be copied by torch.compile.
+# `arrived` is not declared as mutated: it is scratch, zeros before and after.
 @torch.library.custom_op("qwantize::matmul_swizzled", mutates_args=())
 def matmul_swizzled_op(
     x: torch.Tensor,
@@ -69,7 +61,6 @@ def _(
     arrived: torch.Tensor,
     bias: torch.Tensor | None,
     n: int,
-    block_size: int,
-    backend: str,
+    *rest: object,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], n)

@@ -53,6 +53,9 @@ class SwizzledNvfp4:
             again after each call.
         shape: (N, K).
         block_size: 16 or 32.
+
+    Raises:
+        ValueError: a dtype or a shape does not fit.
     """
 
     words: torch.Tensor
@@ -86,11 +89,12 @@ class SwizzledNvfp4:
 
     @property
     def nbytes(self) -> int:
+        """Bytes held by all of it, scratch included."""
         return self.words.nbytes + self.scales.nbytes + self.global_scale.nbytes + self.arrived.nbytes
 
 
 def swizzle(q: Nvfp4Tensor) -> SwizzledNvfp4:
-    """Reorder an unbatched weight; about five times its bytes are needed on the way.
+    """Reorder an unbatched weight; several times its bytes are needed on the way.
 
     Raises:
         ValueError: the weight is batched.

@@ -50,8 +50,8 @@ ELSEWHERE = (
     Rule(16, 0, 0, TileShape(16, 1, 2, 4, 3)),
     Rule(64, 0, 0, TileShape(64, 1, 1, 4, 3)),
 )
-# One shape for any number of tokens, so that the order of a row's sums never changes.
-BATCH_INVARIANT = TileShape(64, 1, 1, 4, 3)
+# For any number of tokens: what batch invariance takes, so that the order of a row's sums never changes.
+ANY_TOKENS = TileShape(64, 1, 1, 4, 3)
 
 
 def choose_shape(major: int | None, tokens: int, groups: int, tiles: int) -> TileShape | None:

@@ -14,19 +14,17 @@ and a second kernel adds them in order: the result does not change from run to r
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from qwantize_vllm.format import Nvfp4Tensor
+from qwantize_vllm.matmul.gpu import multiprocessors
 from qwantize_vllm.matmul.triton_decode import decode_e2m1, decode_e4m3
 
 _TILE_N, _TILE_K = 64, 256
 _REDUCE_TILE = 1024
 _PROGRAMS_PER_MULTIPROCESSOR = 4
-_INTERPRETED_MULTIPROCESSORS = 2  # under the interpreter: enough for K to be split in tests
 
 
 def matmul_fused(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -38,7 +36,7 @@ def matmul_fused(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> 
     tile_m = min(64, max(16, triton.next_power_of_2(m)))
     tiles = triton.cdiv(n, _TILE_N) * triton.cdiv(m, tile_m)
     slices = triton.cdiv(k, _TILE_K)
-    splits = max(1, min(slices, _PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(x.device) // tiles))
+    splits = max(1, min(slices, _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device) // tiles))
     partial = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     _fused_kernel[(triton.cdiv(n, _TILE_N), triton.cdiv(m, tile_m), splits)](
         x,
@@ -65,13 +63,6 @@ def matmul_fused(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> 
         partial, q.global_scale, bias, y, m * n, n, splits, HAS_BIAS=bias is not None, TILE=_REDUCE_TILE
     )
     return y
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _INTERPRETED_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit

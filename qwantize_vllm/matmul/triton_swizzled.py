@@ -12,12 +12,11 @@ partial sums in the order of the slices: one launch, and the result does not cha
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
+from qwantize_vllm.matmul.gpu import multiprocessors
 from qwantize_vllm.matmul.swizzle import ARRIVALS, COLUMNS, ROWS, SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import TileShape
 from qwantize_vllm.matmul.triton_fragments import (
@@ -33,7 +32,6 @@ from qwantize_vllm.matmul.triton_fragments import (
 # longer than so many tiles of 64 columns.
 _PROGRAMS_FOR_FEW, _PROGRAMS, _FEW_TOKENS = 4, 3, 16
 _SHORTEST, _LONGEST = 16, 64
-_INTERPRETED_MULTIPROCESSORS = 2
 
 
 def matmul_swizzled(
@@ -41,7 +39,7 @@ def matmul_swizzled(
 ) -> torch.Tensor:
     """x (M, K) bfloat16 or float16 -> (M, N) in x's dtype.
 
-    shape: see tile_shapes.py.
+    bias: (N,), any float dtype, or None. shape: see tile_shapes.py.
     split: whether K may be cut into slices. How many depends on M, and the last bits with it.
 
     Not for two streams at once with one weight: they would share `weight.arrived`.
@@ -88,16 +86,9 @@ def _splits(device: torch.device, tokens: int, programs: int, tiles: int) -> int
     """Slices of K, a power of two, where one slice makes so many programs, each of so many tokens and tiles."""
     if programs > ARRIVALS:
         return 1
-    wanted = (_PROGRAMS_FOR_FEW if tokens <= _FEW_TOKENS else _PROGRAMS) * _multiprocessors(device) // programs
+    wanted = (_PROGRAMS_FOR_FEW if tokens <= _FEW_TOKENS else _PROGRAMS) * multiprocessors(device) // programs
     splits = max(1, min(tiles // _SHORTEST, max(wanted, triton.cdiv(tiles, _LONGEST))))
     return 1 << (splits.bit_length() - 1)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _INTERPRETED_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """What a layer keeps in place of its dense weight, and how it is multiplied: one class per form.
 
-`keep` puts the tensors on the layer, under the same names and addresses when weights are reloaded: CUDA graphs hold on
-to them. `apply` multiplies.
+`keep` puts the tensors on the layer, in place of those that are there; `apply` multiplies. Where weights are reloaded
+vLLM copies what `keep` leaves into the old parameters, whose addresses CUDA graphs hold; scratch of ours, which is no
+parameter, stays where it is.
 """
 
 from __future__ import annotations
