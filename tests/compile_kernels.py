@@ -8,16 +8,19 @@ A program of its own because TRITON_INTERPRET, which the tests set, must be unse
 from __future__ import annotations
 
 import itertools
-import re
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, ELSEWHERE, RULES
+from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, ELSEWHERE, RULES, TileShape, WgmmaShape
 from qwantize_vllm.matmul.triton_dequantize import _dequantize_kernel
 from qwantize_vllm.matmul.triton_fused import _fused_kernel, _reduce_kernel
 from qwantize_vllm.matmul.triton_swizzled import _swizzled_kernel
@@ -25,6 +28,7 @@ from qwantize_vllm.matmul.triton_unswizzle import _unswizzle_kernel
 from qwantize_vllm.search.triton_hessian import _search_hessian_kernel
 from qwantize_vllm.search.triton_hessian_form import _prepare_hessian_kernel
 from qwantize_vllm.search.triton_sse import _search_sse_kernel
+from tests.wgmma_hazards import disassemble, hazards
 
 INPUTS, HALVES = ("*bf16", "*fp16", "*fp32"), ("*bf16", "*fp16")
 
@@ -50,7 +54,7 @@ def variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, A
                 {"BLOCK_SIZE": block, "STEPS": 4, "PTX": dtype != "*fp32"},
             )
         rules = RULES.get(capability // 10, ELSEWHERE)
-        for shape in dict.fromkeys([*(rule.shape for rule in rules), ANY_TOKENS]):
+        for shape in dict.fromkeys([*(rule.shape for rule in rules if isinstance(rule.shape, TileShape)), ANY_TOKENS]):
             dtype = HALVES[block // 16 - 1]
             x = {"x_ptr": dtype, "y_ptr": dtype, "bias_ptr": dtype, "partial_ptr": "*fp32", "arrived_ptr": "*i32"}
             tile = {"TILE_M": shape.tokens, "GROUPS": shape.groups, "STEPS": shape.steps, "STAGES": shape.stages}
@@ -77,17 +81,48 @@ def warps(kernel: Any, constants: dict[str, Any]) -> int:
     return 1 if kernel.__name__.startswith("_search") else 4
 
 
+def wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Those of Hopper's own kernel: its types are those of tensor descriptors."""
+    from qwantize_vllm.matmul.gluon_wgmma import FLAT_LAYOUTS, X_LAYOUT, _wgmma_kernel
+
+    shapes = dict.fromkeys(rule.shape for rule in RULES[9] if isinstance(rule.shape, WgmmaShape))
+    for shape, (dtype, block) in itertools.product(shapes, (("bf16", 16), ("fp16", 32))):
+        scales = torch.int32 if block == 16 else torch.int16
+        x = f"tensordesc<{dtype}[{shape.tokens}, 64],{X_LAYOUT!r}>"
+        types = {
+            "x_desc": x,
+            "words_desc": f"tensordesc<i16[16, 256],{FLAT_LAYOUTS[torch.int16]!r}>",
+            "scales_desc": f"tensordesc<i{8 * scales.itemsize}[1, 256],{FLAT_LAYOUTS[scales]!r}>",
+            "y_desc": x,
+            **{"global_scale_ptr": "*fp32", "bias_ptr": f"*{dtype}", "partial_ptr": "*fp32", "arrived_ptr": "*i32"},
+        }
+        names = {"TOKENS": shape.tokens, "GROUPS": shape.groups, "X_TILES": shape.x_tiles}
+        stages = {"X_STAGES": shape.x_stages, "STAGES": shape.stages}
+        yield _wgmma_kernel, types, {**names, **stages, "BLOCK_SIZE": block, "num_warps": 4}
+
+
 def compile_all(capability: int) -> None:
-    for kernel, pointers, constants in variants(capability):
+    hopper = wgmma_variants() if capability == 90 else ()
+    for kernel, pointers, constants in itertools.chain(variants(capability), hopper):
         signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
         indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=indexed)
+        source_type = GluonASTSource if kernel.is_gluon() else ASTSource
         compiled = triton.compile(
-            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps(kernel, constants)}
+            source_type(fn=kernel, signature=signature, constexprs=indexed),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": warps(kernel, constants)},
         )
-        if re.search(r"warp_group_dot_wait.*pendings = [1-9]", compiled.asm["ttgir"]):
-            raise SystemExit(f"{kernel.__name__} {constants}: a product runs on while its operands are overwritten")
+        check_products(kernel, constants, compiled.asm["cubin"])
         print(kernel.__name__, *pointers.values(), constants, f"{len(compiled.asm['cubin'])} bytes", flush=True)
+
+
+def check_products(kernel: Any, constants: dict[str, Any], cubin: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        products, found = hazards(disassemble(cubin, Path(folder)))
+    if found:
+        raise SystemExit(f"{kernel.__name__} {constants}: written while a product runs on them: {found[:3]}")
+    if kernel.is_gluon() and not products:
+        raise SystemExit(f"{kernel.__name__} {constants}: no product with its left operand in registers")
 
 
 if __name__ == "__main__":

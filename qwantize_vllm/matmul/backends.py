@@ -6,6 +6,8 @@ To add a backend: write its function in a file of its own, and enter it below wi
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable
 
 import torch
@@ -16,7 +18,9 @@ from qwantize_vllm.matmul.cpu_fused import matmul_cpu_fused, why_not_fused
 from qwantize_vllm.matmul.gpu import capability_major
 from qwantize_vllm.matmul.reference import matmul_reference
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
-from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, choose_shape
+from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, WgmmaShape, choose_shape
+
+logger = logging.getLogger(__name__)
 
 Matmul = Callable[[torch.Tensor, Nvfp4Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -108,11 +112,42 @@ def run_swizzled(
 
     if reason := BACKENDS["fused"].why_not(x):
         raise ValueError(f"a swizzled weight {reason}")
-    invariant = backend == "batch_invariant"
-    shape = None if invariant else choose_shape(capability_major(x.device), x.shape[0], *weight.words.shape[:2])
+    if backend == "batch_invariant":
+        return matmul_swizzled(x, weight, bias, ANY_TOKENS, split=False)
+    sizes = (capability_major(x.device), x.shape[0], *weight.words.shape[:2])
+    shape = choose_shape(*sizes, wgmma=x.is_cuda)
+    if isinstance(shape, WgmmaShape) and (reason := _why_not_wgmma(x, weight)):
+        _tell_once(f"the kernel of gluon_wgmma {reason}; slower ones take its place")
+        shape = choose_shape(*sizes, wgmma=False)
     if backend == "unswizzled" or (backend == "auto" and shape is None):
         return matmul_unswizzled(x, weight, bias)
-    return matmul_swizzled(x, weight, bias, shape or ANY_TOKENS, split=not invariant)
+    if isinstance(shape, WgmmaShape):
+        from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
+
+        return matmul_wgmma(x, weight, bias, shape)
+    return matmul_swizzled(x, weight, bias, shape or ANY_TOKENS)
+
+
+def _why_not_wgmma(x: torch.Tensor, weight: SwizzledNvfp4) -> str | None:
+    if reason := _why_no_gluon():
+        return reason
+    from qwantize_vllm.matmul.gluon_wgmma import why_not_wgmma
+
+    return why_not_wgmma(x, weight)
+
+
+@functools.cache
+def _why_no_gluon() -> str | None:
+    try:
+        import qwantize_vllm.matmul.gluon_wgmma  # noqa: F401
+    except (ImportError, AttributeError) as error:  # Gluon is not stable yet, nor there before Triton 3.4
+        return f"does not work with this version of Triton: {error}"
+    return None
+
+
+@functools.cache
+def _tell_once(line: str) -> None:
+    logger.warning(line)
 
 
 def _triton_is_interpreted() -> bool:

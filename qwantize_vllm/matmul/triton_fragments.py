@@ -16,7 +16,7 @@ _TILE_WORDS = tl.constexpr(ROWS * COLUMNS // 4)
 
 # Registers of two words (16 bits each) to two bfloat16 of each plane, times 2^-126. Plane 3 has its magnitude in
 # two places.
-_PLANES_BFLOAT16 = tl.constexpr("""
+PLANES_BFLOAT16 = tl.constexpr("""
 {
 .reg .b32 a, b, c;
 and.b32 $0, $4, 0x81C081C0;
@@ -33,7 +33,7 @@ lop3.b32 $3, c, 0x00C000C0, a, 0xEA;
 }
 """)
 # The same for float16, whose mantissa has three bits more, times 2^-14.
-_PLANES_FLOAT16 = tl.constexpr("""
+PLANES_FLOAT16 = tl.constexpr("""
 {
 .reg .b32 a, b, s;
 shl.b32 a, $4, 3;
@@ -150,11 +150,11 @@ def _planes(words, dtype: tl.constexpr, PTX: tl.constexpr):
         return first, second, third, decode_e2m1(((word >> 11) & 12) | ((word >> 10) & 3))
     elif dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            _PLANES_BFLOAT16, "=r,=r,=r,=r,r", [words], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
+            PLANES_BFLOAT16, "=r,=r,=r,=r,r", [words], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
         )
     else:
         return tl.inline_asm_elementwise(
-            _PLANES_FLOAT16, "=r,=r,=r,=r,r", [words], dtype=(tl.float16,) * 4, is_pure=True, pack=2
+            PLANES_FLOAT16, "=r,=r,=r,=r,r", [words], dtype=(tl.float16,) * 4, is_pure=True, pack=2
         )
 
 

@@ -1,0 +1,141 @@
+"""The kernel for Hopper in Gluon, which no interpreter runs: what surrounds it anywhere, the kernel on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from qwantize_vllm import matmul_nvfp4, quantize_nvfp4
+from qwantize_vllm.matmul import backends
+from qwantize_vllm.matmul.gluon_wgmma import _rounds, matmul_wgmma, why_not_wgmma
+from qwantize_vllm.matmul.swizzle import swizzle
+from qwantize_vllm.matmul.tile_shapes import RULES, TileShape, WgmmaShape, choose_shape
+from tests.matmul.test_matmul import TOLERANCE, exact_product, relative_error
+from tests.matmul.test_swizzled_matmul import make
+from tests.wgmma_hazards import hazards
+
+SHAPES = list(dict.fromkeys(rule.shape for rule in RULES[9] if isinstance(rule.shape, WgmmaShape)))
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a GPU of Hopper"
+)
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "block_size"), [(torch.bfloat16, 16), (torch.float16, 32), (torch.bfloat16, 32)])
+@pytest.mark.parametrize(("n", "k"), [(8, 32), (200, 1056), (1096, 320), (4096, 2048)])
+@pytest.mark.parametrize("m", [1, 100, 700])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_product_against_float64(shape, dtype, block_size, n, k, m, with_bias):
+    x, q = make("cuda", n, k, m, dtype, block_size)
+    bias = torch.randn(n, device="cuda").to(dtype) if with_bias else None
+    weight = swizzle(q)
+    y = matmul_wgmma(x, weight, bias, shape)
+    assert relative_error(y, exact_product(x, q, bias)) < TOLERANCE[dtype]
+    assert not weight.arrived.any()
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("m", "n", "k"), [(256, 4096, 4096), (1000, 28672, 4096), (300, 4096, 14336), (2500, 8192, 1024)])
+def test_sizes_of_real_layers(shape, m, n, k):
+    """Often, for a kernel whose parts do not wait for each other may well be right most of the time."""
+    x, q = make("cuda", n, k, m, torch.bfloat16)
+    weight = swizzle(q)
+    y = matmul_wgmma(x, weight, None, shape)
+    assert relative_error(y, exact_product(x, q, None)) < TOLERANCE[torch.bfloat16]
+    for _ in range(20):
+        assert torch.equal(matmul_wgmma(x, weight, None, shape), y)
+
+
+@hopper
+@pytest.mark.gpu
+def test_rows_may_have_global_scales_of_their_own():
+    x, q = make("cuda", 136, 96, 300, torch.float16)
+    factor = torch.linspace(0.5, 2, 136, device="cuda")
+    weight = dataclasses.replace(swizzle(q), global_scale=q.global_scale * factor)
+    exact = exact_product(x, q, None) * factor.double()
+    assert relative_error(matmul_wgmma(x, weight, None, SHAPES[0]), exact) < TOLERANCE[torch.float16]
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["million", "outlier", "sparse", "zero"])
+def test_any_magnitude(kind):
+    x, q = make("cuda", 72, 1056, 300, torch.bfloat16, kind=kind)
+    assert relative_error(matmul_wgmma(x, swizzle(q), None, SHAPES[-1]), exact_product(x, q, None)) < 3e-3
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "stride", "said"), [(72, 1028, "rows of x"), (76, 1024, "multiple of 8")])
+def test_what_the_tma_cannot_move_goes_elsewhere_and_is_told(caplog, n, stride, said):
+    _, q = make("cuda", n, 1024, 1, torch.bfloat16)
+    x = torch.randn(300, stride, device="cuda").bfloat16()[:, :1024]
+    backends._tell_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        y = matmul_nvfp4(x, swizzle(q))
+    assert said in caplog.text
+    assert "slower ones take its place" in caplog.text
+    assert relative_error(y, exact_product(x, q, None)) < TOLERANCE[torch.bfloat16]
+
+
+def test_why_not():
+    weight = swizzle(quantize_nvfp4(torch.randn(72, 64)))
+    x = torch.zeros(4, 64, dtype=torch.float16)
+    assert why_not_wgmma(x, weight) is None
+    assert "rows of x" in why_not_wgmma(torch.zeros(4, 128, dtype=torch.float16)[:, ::2], weight)
+    assert "rows of x" in why_not_wgmma(torch.zeros(4, 68, dtype=torch.float16)[:, :64], weight)
+    assert "rows of x" in why_not_wgmma(torch.zeros(4, 72, dtype=torch.float16)[:, 1:65], weight)
+    assert "multiple of 8" in why_not_wgmma(x, swizzle(quantize_nvfp4(torch.randn(70, 64))))
+
+
+def test_rounds_cover_every_tile_and_cut_only_the_last():
+    for results in (1, 5, 66, 67, 131, 132, 133, 200, 1000):
+        for chunks in (1, 7, 8, 64):
+            whole, last, splits = _rounds(results, 132, chunks)
+            assert whole + last == results
+            assert whole % 132 == 0
+            assert last < 132
+            assert 1 <= splits <= max(1, chunks // 4)
+            assert last * splits <= 132
+
+
+def test_without_wgmma_another_kernel_serves_as_many_tokens():
+    assert isinstance(choose_shape(9, 300, 448, 64, wgmma=True), WgmmaShape)
+    assert choose_shape(9, 300, 448, 64, wgmma=False) is None
+    assert isinstance(choose_shape(9, 128, 448, 64, wgmma=True), WgmmaShape)
+    assert isinstance(choose_shape(9, 128, 448, 64, wgmma=False), TileShape)
+    assert choose_shape(8, 300, 448, 64, wgmma=True) is None
+
+
+RUNNING = "/*0000*/ HGMMA.64x64x16.F32.BF16 R24, R88, gdesc[UR4], R24, gsb0 ;\n"
+WAIT = "/*0010*/ WARPGROUP.DEPBAR.LE gsb0, {} ;\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        (RUNNING + "/*0020*/ LOP3.LUT R90, R3, 0x81c081c0, RZ, 0xc0, !PT ;", 1),  # of the left operand
+        (RUNNING + "/*0020*/ @P0 LDS.128 R84, [R2] ;", 0),
+        (RUNNING + "/*0020*/ @P0 LDS.128 R88, [R2] ;", 1),
+        (RUNNING + "/*0020*/ FMUL R3, R55, R2 ;", 1),  # of the sum
+        (RUNNING + "/*0020*/ FMUL R3, R56, R88 ;", 0),  # reading the left operand does no harm
+        (RUNNING + WAIT.format("0x0") + "/*0020*/ MOV R90, R3 ;", 0),
+        (RUNNING + WAIT.format("0x1") + "/*0020*/ MOV R90, R3 ;", 1),
+        (RUNNING + RUNNING.replace("R88", "R92") + WAIT.format("0x1") + "/*0020*/ MOV R90, R3 ;", 0),
+        (RUNNING + RUNNING.replace("R88", "R92") + WAIT.format("0x1") + "/*0020*/ MOV R92, R3 ;", 1),
+        (".L_x_1:\n/*0030*/ MOV R91, R3 ;\n" + RUNNING + "/*0020*/ @P0 BRA `(.L_x_1) ;", 1),  # the next time round
+    ],
+)
+def test_hazards_are_found(code, found):
+    products, where = hazards(code)
+    assert products > 0
+    assert len(where) == found
