@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Time the kernel for swizzled weights in every tile shape on this GPU, and print the best.
+"""Time the kernels for swizzled weights in every shape on this GPU, and print the best, and what estimates need.
 
     .venv/bin/python scripts/tune_matmul.py
 
-RULES in qwantize_vllm/matmul/tile_shapes.py maps the major version of the compute capability to such shapes. What this
-prints says which ones the rules should lead to; "dequantized" is what serves where no rule fits. Nothing is tuned while
+RULES in qwantize_vllm/matmul/tile_shapes.py maps the major version of the compute capability to shapes of the Triton
+kernel, or to that for wgmma. The first table says which ones the rules should lead to; "dequantized" is what serves
+where no rule fits. The second one has the constants of qwantize_vllm/matmul/wgmma_shapes.py. Nothing is tuned while
 serving.
 """
 
@@ -21,8 +22,10 @@ from rich.table import Table
 
 from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, time_call
 from qwantize_vllm.cli.bench.inputs import random_activations, random_weight
+from qwantize_vllm.matmul.backends import run_swizzled
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4, swizzle
-from qwantize_vllm.matmul.tile_shapes import TileShape, choose_shape
+from qwantize_vllm.matmul.tile_shapes import TileShape
+from qwantize_vllm.matmul.wgmma_shapes import STEPS, WgmmaShape
 from qwantize_vllm.search.quantize import quantize_nvfp4
 
 LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # of Llama 3 8B
@@ -40,23 +43,56 @@ def main(
 ) -> None:
     if not torch.cuda.is_available():
         raise typer.BadParameter("there is no CUDA GPU here; tile shapes are tuned on the GPU they are for")
+    console = Console(width=200)
+    console.print(tile_table(layer or list(LAYERS), tokens or TOKENS))
+    if torch.cuda.get_device_capability()[0] == 9:
+        console.print(wgmma_table())
+
+
+def tile_table(layers: list[str], tokens: list[int]) -> Table:
     major, minor = torch.cuda.get_device_capability()
     table = Table(title=f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}), microseconds")
     for column in ("layer", "tokens", "by the rules", "dequantized", "best", "second", "third"):
         table.add_column(column)
-    for name in layer or LAYERS:
+    for name in layers:
         weights = swizzled_copies(LAYERS[name])
-        for m in tokens or TOKENS:
+        for m in tokens:
             x = random_activations(m, LAYERS[name][1], torch.bfloat16, torch.device("cuda"))
             times = {shape: time_shape(x, weights, shape) for shape in candidates(m)}
             best = sorted((us, shape) for shape, us in times.items() if us is not None)[:3]
-            ruled = choose_shape(major, m, *weights[0].words.shape[:2])
-            by_rules = f"{time_shape(x, weights, ruled):.1f} {tuple(ruled)}" if ruled else "dequantized"
             words = [f"{us:.1f} {tuple(shape)}" for us, shape in best]
-            table.add_row(
-                name, str(m), f"{by_rules or 0:.1f} {ruled and tuple(ruled)}", dequantized(x, weights), *words
-            )
-    Console(width=200).print(table)
+            ours = [f"{time_backend(x, weights, backend):.1f}" for backend in ("auto", "unswizzled")]
+            table.add_row(name, str(m), *ours, *words)
+    return table
+
+
+def wgmma_table() -> Table:
+    """The time of a tile that is one of a round, of two rounds, of half a round and of a quarter."""
+    table = Table(title="wgmma_shapes.py: microseconds for 64 columns; for 64 rows and one token")
+    for column in ("shape", "STEPS", "_STORE", "_LEAVE", "_ADD"):
+        table.add_column(column)
+    programs = torch.cuda.get_device_properties().multi_processor_count // 4 * 4
+    for shape in STEPS:
+        size, n = shape.tokens * shape.groups, 64 * shape.groups * programs
+        once, longer = time_wgmma(shape, n, 4096), time_wgmma(shape, n, 12288)
+        step = (longer - once) / 128
+        store = (time_wgmma(shape, 2 * n, 4096) - once - 64 * step) / size
+        start = once - 64 * step - size * store
+        half = (time_wgmma(shape, n // 2, 4096) - start - 32 * step) / size
+        quarter = (time_wgmma(shape, n // 4, 4096) - start - 16 * step) / size
+        add = (quarter - half) / 2
+        table.add_row(str(tuple(shape)), f"{step:.3f}", f"{store:.4f}", f"{half - 2 * add:.4f}", f"{add:.4f}")
+    return table
+
+
+def time_wgmma(shape: WgmmaShape, n: int, k: int) -> float:
+    """Microseconds of a product with one tile of tokens."""
+    from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
+
+    weights = swizzled_copies((n, k))
+    x = random_activations(shape.tokens, k, torch.bfloat16, torch.device("cuda"))
+    calls = [functools.partial(matmul_wgmma, x, weight, None, shape) for weight in weights]
+    return 1e6 * time_call(calls, x.device).seconds
 
 
 def swizzled_copies(shape: tuple[int, int]) -> list[SwizzledNvfp4]:
@@ -89,11 +125,9 @@ def time_shape(x: torch.Tensor, weights: list[SwizzledNvfp4], shape: TileShape) 
         return None
 
 
-def dequantized(x: torch.Tensor, weights: list[SwizzledNvfp4]) -> str:
-    from qwantize_vllm.matmul.triton_unswizzle import matmul_unswizzled
-
-    calls = [functools.partial(matmul_unswizzled, x, weight, None) for weight in weights]
-    return f"{1e6 * time_call(calls, x.device).seconds:.1f}"
+def time_backend(x: torch.Tensor, weights: list[SwizzledNvfp4], backend: str) -> float:
+    calls = [functools.partial(run_swizzled, x, weight, None, backend) for weight in weights]
+    return 1e6 * time_call(calls, x.device).seconds
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, ELSEWHERE, RULES, TileShape, WgmmaShape
+from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, ELSEWHERE, RULES, TileShape
 from qwantize_vllm.matmul.triton_dequantize import _dequantize_kernel
 from qwantize_vllm.matmul.triton_fused import _fused_kernel, _reduce_kernel
 from qwantize_vllm.matmul.triton_swizzled import _swizzled_kernel
 from qwantize_vllm.matmul.triton_unswizzle import _unswizzle_kernel
+from qwantize_vllm.matmul.wgmma_shapes import STEPS
 from qwantize_vllm.search.triton_hessian import _search_hessian_kernel
 from qwantize_vllm.search.triton_hessian_form import _prepare_hessian_kernel
 from qwantize_vllm.search.triton_sse import _search_sse_kernel
@@ -85,8 +86,7 @@ def wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """Those of Hopper's own kernel: its types are those of tensor descriptors."""
     from qwantize_vllm.matmul.gluon_wgmma import FLAT_LAYOUTS, X_LAYOUT, _wgmma_kernel
 
-    shapes = dict.fromkeys(rule.shape for rule in RULES[9] if isinstance(rule.shape, WgmmaShape))
-    for shape, (dtype, block) in itertools.product(shapes, (("bf16", 16), ("fp16", 32))):
+    for shape, (dtype, block) in itertools.product(STEPS, (("bf16", 16), ("fp16", 32))):
         scales = torch.int32 if block == 16 else torch.int16
         x = f"tensordesc<{dtype}[{shape.tokens}, 64],{X_LAYOUT!r}>"
         types = {

@@ -35,4 +35,6 @@ def test_kernels_compile_to_machine_code(capability, tmp_path):
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {line.split()[0] for line in done.stdout.splitlines()} == KERNELS | (ON_HOPPER if capability == 90 else set())
+    assert {line.split()[0] for line in done.stdout.splitlines()} == KERNELS | (
+        ON_HOPPER if capability == 90 else set()
+    )

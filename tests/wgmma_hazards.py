@@ -91,7 +91,7 @@ def _registers(text: str) -> tuple[set[int], set[int]]:
 
 
 def _span(name: str, operand: str) -> set[int]:
-    """Of an operand: an address or a 128-bit value is more than the register it names; only results may be wide here."""
+    """The registers of an operand; an address and a wide value are more than the one that is named."""
     match = re.match(r"\s*[-|~!]*R(\d+)", operand)
     if not match:
         return {int(r) for r in re.findall(r"\bR(\d+)", operand)}

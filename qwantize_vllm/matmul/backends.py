@@ -18,7 +18,7 @@ from qwantize_vllm.matmul.cpu_fused import matmul_cpu_fused, why_not_fused
 from qwantize_vllm.matmul.gpu import capability_major
 from qwantize_vllm.matmul.reference import matmul_reference
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
-from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, WgmmaShape, choose_shape
+from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, Wgmma, choose_shape
 
 logger = logging.getLogger(__name__)
 
@@ -114,17 +114,17 @@ def run_swizzled(
         raise ValueError(f"a swizzled weight {reason}")
     if backend == "batch_invariant":
         return matmul_swizzled(x, weight, bias, ANY_TOKENS, split=False)
-    sizes = (capability_major(x.device), x.shape[0], *weight.words.shape[:2])
-    shape = choose_shape(*sizes, wgmma=x.is_cuda)
-    if isinstance(shape, WgmmaShape) and (reason := _why_not_wgmma(x, weight)):
+    major, (groups, tiles) = capability_major(x.device), weight.words.shape[:2]
+    shape = choose_shape(major, x.shape[0], groups, tiles, wgmma=x.is_cuda)
+    if shape is Wgmma.KERNEL and (reason := _why_not_wgmma(x, weight)):
         _tell_once(f"the kernel of gluon_wgmma {reason}; slower ones take its place")
-        shape = choose_shape(*sizes, wgmma=False)
+        shape = choose_shape(major, x.shape[0], groups, tiles, wgmma=False)
     if backend == "unswizzled" or (backend == "auto" and shape is None):
         return matmul_unswizzled(x, weight, bias)
-    if isinstance(shape, WgmmaShape):
+    if shape is Wgmma.KERNEL:
         from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
 
-        return matmul_wgmma(x, weight, bias, shape)
+        return matmul_wgmma(x, weight, bias)
     return matmul_swizzled(x, weight, bias, shape or ANY_TOKENS)
 
 

@@ -33,10 +33,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from qwantize_vllm.matmul.gluon_fragments import decode_tile, load_scales
 from qwantize_vllm.matmul.gpu import multiprocessors
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
-from qwantize_vllm.matmul.tile_shapes import WgmmaShape
-from qwantize_vllm.matmul.triton_fragments import PLANES_BFLOAT16, PLANES_FLOAT16
+from qwantize_vllm.matmul.wgmma_shapes import WgmmaShape, choose_wgmma_shape, rounds
 
 # Their names in Triton 3.6 are the latter ones.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -45,7 +45,6 @@ _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shar
 # Four tiles of 64 columns at a time: what 16 bytes of a row's scales belong to.
 _CHUNK = gl.constexpr(4)
 _CHUNK_WORDS = gl.constexpr(8192)  # bytes
-_SHORTEST = 4  # chunks of a slice of K
 _TOKENS_IN_CACHE = gl.constexpr(1024)
 
 X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -53,9 +52,6 @@ FLAT_LAYOUTS = {
     torch.int16: gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=16, rank=2),
     torch.int32: gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2),
 }
-
-_MULTIPLY_BFLOAT16 = gl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
-_MULTIPLY_FLOAT16 = gl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 
 
 def why_not_wgmma(x: torch.Tensor, weight: SwizzledNvfp4) -> str | None:
@@ -68,11 +64,11 @@ def why_not_wgmma(x: torch.Tensor, weight: SwizzledNvfp4) -> str | None:
 
 
 def matmul_wgmma(
-    x: torch.Tensor, weight: SwizzledNvfp4, bias: torch.Tensor | None, shape: WgmmaShape
+    x: torch.Tensor, weight: SwizzledNvfp4, bias: torch.Tensor | None, shape: WgmmaShape | None = None
 ) -> torch.Tensor:
     """x (M, K) bfloat16 or float16, as `why_not_wgmma` asks -> (M, N) in x's dtype.
 
-    bias: (N,), any float dtype, or None. shape: see tile_shapes.py.
+    bias: (N,), any float dtype, or None. shape: default the one that wgmma_shapes.py chooses.
 
     Not for two streams at once with one weight: they would share `weight.arrived`.
     """
@@ -82,8 +78,9 @@ def matmul_wgmma(
         return y
     groups, tiles = weight.words.shape[:2]
     chunks, programs = weight.scales.shape[1], multiprocessors(x.device)
+    shape = shape or choose_wgmma_shape(m, groups, tiles, programs)
     token_tiles, row_tiles = triton.cdiv(m, shape.tokens), triton.cdiv(groups, shape.groups)
-    whole, last, splits = _rounds(token_tiles * row_tiles, programs, chunks)
+    whole, last, splits = rounds(shape, m, groups, tiles, programs)
     partial = torch.empty(
         last * splits * shape.groups * 64 * shape.tokens if splits > 1 else 0, dtype=torch.float32, device=x.device
     )
@@ -118,13 +115,6 @@ def matmul_wgmma(
     return y
 
 
-def _rounds(results: int, programs: int, chunks: int) -> tuple[int, int, int]:
-    """Tiles of the result in full rounds of all programs, those of the last round, and into how many slices each."""
-    last = results % programs
-    splits = min(programs // last, chunks // _SHORTEST) if last else 1
-    return results - last, last, max(1, splits)
-
-
 def _rows(tensor: torch.Tensor, length: int, count: int) -> TensorDescriptor:
     """A contiguous tensor as rows of so many elements, so many at a time."""
     return TensorDescriptor(
@@ -134,12 +124,12 @@ def _rows(tensor: torch.Tensor, length: int, count: int) -> TensorDescriptor:
 
 @gluon.jit
 def _place(work, extent, TOKENS: gl.constexpr):
-    """Of a work: its tile of tokens and of rows, its first chunk and the one after its last; then, where K is cut, which
-    slice it is, of how many, and of which tile of the last round.
+    """Of a work: its tile of tokens and of rows, its first chunk and the one after its last; then, where K is cut,
+    which slice it is, of how many, and of which tile of the last round.
 
     Neighbours share their rows, as far as all their tokens stay in the L2 cache.
     """
-    tiles, chunks, whole, works, token_tiles, row_tiles, splits = extent
+    _, chunks, whole, _, token_tiles, row_tiles, splits = extent
     NEIGHBOURS: gl.constexpr = _TOKENS_IN_CACHE // TOKENS
     last = gl.maximum(work - whole, 0)
     parts = gl.where(work < whole, 1, splits)
@@ -156,7 +146,7 @@ def _place(work, extent, TOKENS: gl.constexpr):
 def _produce(operands, buffers, extent):
     x_desc, words_desc, scales_desc = operands
     x_bufs, words_bufs, scales_bufs, x_ready, x_empty, ready, empty = buffers
-    tiles, chunks, whole, works, token_tiles, row_tiles, splits = extent
+    tiles, chunks, works = extent[0], extent[1], extent[3]
     STAGES: gl.constexpr = ready.shape[0]
     GROUPS: gl.constexpr = words_bufs.shape[0] // STAGES
     X_STAGES: gl.constexpr = x_ready.shape[0]
@@ -188,63 +178,9 @@ def _produce(operands, buffers, extent):
 
 
 @gluon.jit
-def _load_scales(buffer, DOT: gl.constexpr):
-    """The scales of a chunk (64 rows, 4 tiles), one tensor a tile: a thread has those of its rows r and r + 8."""
-    THREADS: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [8, 0]],
-        lane_bases=[[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, 4],
-    )
-    ROW: gl.constexpr = gl.SliceLayout(1, DOT)
-    even, odd = gl.split(gl.reshape(buffer.reshape((64, 4)).load(THREADS), (64, 2, 2)))
-    first, third = gl.split(even)
-    second, fourth = gl.split(odd)
-    return (
-        gl.convert_layout(first, ROW, assert_trivial=True),
-        gl.convert_layout(second, ROW, assert_trivial=True),
-        gl.convert_layout(third, ROW, assert_trivial=True),
-        gl.convert_layout(fourth, ROW, assert_trivial=True),
-    )
-
-
-@gluon.jit
-def _decode(buffer, tile: gl.constexpr, scales, dtype: gl.constexpr, BLOCK_SIZE: gl.constexpr, DOT: gl.constexpr):
-    """value * block_scale of a tile of a chunk, four planes (64 rows, 16 columns), in units that _RESCALE undoes."""
-    THREADS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
-    words = gl.reshape(buffer.slice(4 * tile, 4, 0).load(THREADS), (4, 8, 4, 2, 2, 2))  # part, r, q, k', n', k0
-    words = gl.reshape(gl.permute(words, (0, 4, 1, 3, 2, 5)), (64, 16))
-    words = gl.convert_layout(words, DOT, assert_trivial=True)
-    bits = scales[tile].to(gl.int32)
-    ASM: gl.constexpr = "=r,=r,=r,=r,r"
-    if dtype == gl.bfloat16:
-        a, b, c, d = gl.inline_asm_elementwise(PLANES_BFLOAT16, ASM, [words], (gl.bfloat16,) * 4, is_pure=True, pack=2)
-    else:
-        a, b, c, d = gl.inline_asm_elementwise(PLANES_FLOAT16, ASM, [words], (gl.float16,) * 4, is_pure=True, pack=2)
-    return (
-        _times(a, bits, 0, BLOCK_SIZE),
-        _times(b, bits, 1, BLOCK_SIZE),
-        _times(c, bits, 2, BLOCK_SIZE),
-        _times(d, bits, 3, BLOCK_SIZE),
-    )
-
-
-@gluon.jit
-def _times(values, scales, plane: gl.constexpr, BLOCK_SIZE: gl.constexpr):
-    """values (rows, 16 columns of a plane) by their block's scale, a byte of `scales` (rows,)."""
-    byte = (scales >> (8 * (plane * 16 // BLOCK_SIZE))) & 0xFF
-    # Two of the same: bfloat16 of exponent e - 9 + 118, float16 of exponent e - 9 + 7.
-    pair = byte * 0x00100010 + 0x76007600 if values.dtype == gl.bfloat16 else byte * 0x00800080 + 0x34003400
-    values, pair = gl.broadcast(values, gl.expand_dims(pair, 1))
-    MULTIPLY: gl.constexpr = _MULTIPLY_BFLOAT16 if values.dtype == gl.bfloat16 else _MULTIPLY_FLOAT16
-    return gl.inline_asm_elementwise(MULTIPLY, "=r,r,r,r", [values, pair], dtype=values.dtype, is_pure=True, pack=2)
-
-
-@gluon.jit
 def _start(acc, weight, running, buffers, turn, TILE: gl.constexpr):
-    """Start acc + weight x of a tile of chunk `turn`. With its first plane under way, end the product before, whose weight
-    is `running`, and give its x back; the first tile of a chunk has none before it."""
+    """Start acc + weight x of a tile of chunk `turn`. With its first plane under way, end the product before, whose
+    weight is `running`, and give its x back; the first tile of a chunk has none before it."""
     x_bufs, x_ready, x_empty = buffers
     X_STAGES: gl.constexpr = x_ready.shape[0]
     X_TILES: gl.constexpr = x_bufs.shape[0] // X_STAGES
@@ -266,7 +202,7 @@ def _start(acc, weight, running, buffers, turn, TILE: gl.constexpr):
 @gluon.jit
 def _consume(buffers, extent, result, partials, PART: gl.constexpr, BLOCK_SIZE: gl.constexpr):
     x_bufs, words_bufs, scales_bufs, x_ready, x_empty, ready, empty = buffers
-    tiles, chunks, whole, works, token_tiles, row_tiles, splits = extent
+    works = extent[3]
     x_buffers = (x_bufs, x_ready, x_empty)
     dtype: gl.constexpr = x_bufs.dtype
     STAGES: gl.constexpr = ready.shape[0]
@@ -283,23 +219,23 @@ def _consume(buffers, extent, result, partials, PART: gl.constexpr, BLOCK_SIZE: 
         slot = turn % STAGES
         mbarrier.wait(ready.index(slot), (turn // STAGES) & 1)
         words = words_bufs.index(slot * GROUPS + PART)
-        scales = _load_scales(scales_bufs.index(slot * GROUPS + PART), DOT)
-        even = _decode(words, 0, scales, dtype, BLOCK_SIZE, DOT)
+        scales = load_scales(scales_bufs.index(slot * GROUPS + PART), DOT)
+        even = decode_tile(words, 0, scales, dtype, BLOCK_SIZE, DOT)
         for chunk in range(start, end):
             words = words_bufs.index(turn % STAGES * GROUPS + PART)
             acc = _start(total, even, even, x_buffers, turn, 0)
-            odd = _decode(words, 1, scales, dtype, BLOCK_SIZE, DOT)
+            odd = decode_tile(words, 1, scales, dtype, BLOCK_SIZE, DOT)
             acc = _start(acc, odd, even, x_buffers, turn, 1)
-            even = _decode(words, 2, scales, dtype, BLOCK_SIZE, DOT)
+            even = decode_tile(words, 2, scales, dtype, BLOCK_SIZE, DOT)
             acc = _start(acc, even, odd, x_buffers, turn, 2)
-            odd = _decode(words, 3, scales, dtype, BLOCK_SIZE, DOT)
+            odd = decode_tile(words, 3, scales, dtype, BLOCK_SIZE, DOT)
             acc = _start(acc, odd, even, x_buffers, turn, 3)
             mbarrier.arrive(empty.index(turn % STAGES), count=1)
             turn += 1
             slot = turn % STAGES
             mbarrier.wait(ready.index(slot), (turn // STAGES) & 1, pred=chunk + 1 < end)
-            scales = _load_scales(scales_bufs.index(slot * GROUPS + PART), DOT)
-            even = _decode(words_bufs.index(slot * GROUPS + PART), 0, scales, dtype, BLOCK_SIZE, DOT)
+            scales = load_scales(scales_bufs.index(slot * GROUPS + PART), DOT)
+            even = decode_tile(words_bufs.index(slot * GROUPS + PART), 0, scales, dtype, BLOCK_SIZE, DOT)
             total, _, _, _, _ = warpgroup_mma_wait(0, deps=(acc, odd[0], odd[1], odd[2], odd[3]))
             mbarrier.arrive(x_empty.index((turn * (_CHUNK // X_TILES) - 1) % X_STAGES), count=1)
         group = row * GROUPS + PART
@@ -345,11 +281,11 @@ def _finish(total, result, group, token):
     _store(y_desc, [token, group * 64], y_buf)
 
 
-# One program for every shape of a weight; and Triton 3.6 fails to compile the one with `splits` known to be 1.
-@gluon.jit(
-    do_not_specialize=["n", "tiles", "chunks", "whole", "works", "token_tiles", "row_tiles", "splits"]
-    + ["global_scale_stride"],
-)
+_SIZES = ["n", "tiles", "chunks", "whole", "works", "token_tiles", "row_tiles", "splits", "global_scale_stride"]
+
+
+# One program for every size; and Triton 3.6 fails to compile the one that knows `splits` to be 1.
+@gluon.jit(do_not_specialize=_SIZES)
 def _wgmma_kernel(
     x_desc,
     words_desc,
@@ -415,7 +351,7 @@ def _wgmma_kernel(
 
 @gluon.jit
 def _barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr):
-    """Barriers (STAGES,) each: that a buffer is full, for the producer's copies; that it is empty, for the consumers."""
+    """Barriers (STAGES,) each: that a buffer is full, told by the producer's copies; that it is empty, by consumers."""
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):

@@ -6,6 +6,7 @@ layers of Llama 3, the best ones in the form of the rules below.
 
 from __future__ import annotations
 
+import enum
 from typing import NamedTuple
 
 
@@ -20,15 +21,10 @@ class TileShape(NamedTuple):
     stages: int
 
 
-class WgmmaShape(NamedTuple):
-    """The same for gluon_wgmma.py: 64*groups rows (2 or 3 groups) by so many tokens; x comes in pieces of so many tiles of
-    64 columns, so many stages ahead, and the weight in chunks of 256 columns, so many stages ahead."""
+class Wgmma(enum.Enum):
+    """In place of a shape: the kernel of gluon_wgmma.py, whose shape wgmma_shapes.py chooses."""
 
-    tokens: int
-    groups: int
-    x_tiles: int
-    x_stages: int
-    stages: int
+    KERNEL = "wgmma"
 
 
 class Rule(NamedTuple):
@@ -37,31 +33,29 @@ class Rule(NamedTuple):
     tokens: int
     groups: int
     tiles: int
-    shape: TileShape | WgmmaShape
+    shape: TileShape | Wgmma
 
 
 _ANY = 2**31
 # By the major version of the compute capability, the first rule that fits. Measured on an H200; beyond the last one the
-# weight is dequantized for a dense product.
+# weight is dequantized for a dense product. Where the kernel for wgmma cannot run, the rules without it hold.
 RULES = {
     9: (
         Rule(8, 0, 0, TileShape(8, 1, 4, 4, 3)),
         Rule(16, 0, 0, TileShape(16, 1, 4, 4, 3)),
         Rule(32, 256, 0, TileShape(32, 2, 2, 4, 3)),
         Rule(32, 0, 0, TileShape(32, 1, 4, 4, 3)),
-        Rule(64, 256, 0, WgmmaShape(64, 2, 4, 3, 3)),
+        Rule(_ANY, 256, 0, Wgmma.KERNEL),
         Rule(64, 256, 0, TileShape(64, 2, 1, 4, 4)),
         Rule(64, 0, 0, TileShape(64, 1, 2, 4, 3)),
-        Rule(128, 256, 0, WgmmaShape(128, 2, 2, 3, 3)),
+        Rule(_ANY, 0, 128, Wgmma.KERNEL),
         Rule(128, 256, 0, TileShape(128, 2, 1, 4, 4)),
-        Rule(256, 256, 0, WgmmaShape(256, 2, 1, 3, 3)),
-        Rule(256, 256, 0, TileShape(256, 1, 1, 4, 3)),
-        Rule(128, 0, 128, WgmmaShape(128, 2, 2, 3, 3)),
-        Rule(256, 0, 128, TileShape(128, 1, 2, 4, 3)),
+        Rule(128, 0, 128, TileShape(128, 1, 2, 4, 3)),
         Rule(128, 0, 0, TileShape(64, 1, 2, 4, 3)),
-        Rule(384, 0, 0, WgmmaShape(128, 2, 2, 3, 3)),
+        Rule(_ANY, 0, 0, Wgmma.KERNEL),
+        Rule(256, 256, 0, TileShape(256, 1, 1, 4, 3)),
+        Rule(256, 0, 128, TileShape(128, 1, 2, 4, 3)),
         Rule(256, 0, 0, TileShape(64, 1, 2, 4, 3)),
-        Rule(_ANY, 0, 0, WgmmaShape(256, 2, 1, 3, 3)),
     )
 }
 # Elsewhere, unmeasured: small tiles, which fit the shared memory of every GPU, and dense products from early on.
@@ -75,13 +69,13 @@ ANY_TOKENS = TileShape(64, 1, 1, 4, 3)
 
 def choose_shape(
     major: int | None, tokens: int, groups: int, tiles: int, wgmma: bool = False
-) -> TileShape | WgmmaShape | None:
+) -> TileShape | Wgmma | None:
     """The shape for x of so many tokens and a weight of so many groups and tiles; None where a dense product is faster.
 
-    major: of an NVIDIA GPU's compute capability; None for anything else. wgmma: whether a WgmmaShape will do.
+    major: of an NVIDIA GPU's compute capability; None for anything else. wgmma: whether that kernel can run.
     """
     for rule in ELSEWHERE if major is None else RULES.get(major, ELSEWHERE):
-        if tokens <= rule.tokens and groups >= rule.groups and tiles >= rule.tiles:
-            if wgmma or isinstance(rule.shape, TileShape):
-                return rule.shape
+        fits = tokens <= rule.tokens and groups >= rule.groups and tiles >= rule.tiles
+        if fits and (wgmma or isinstance(rule.shape, TileShape)):
+            return rule.shape
     return None

@@ -51,10 +51,14 @@ def test_a_model_is_served_with_its_hessians(engines, smollm2, hessians):
     outcome = engines.start(smollm2, hf_overrides={"quantization_config": settings})
     file = HessianFile(hessians)
     assert served_layers(outcome) == file.names
+    compared = ("model.layers.0.self_attn.qkv_proj", "model.layers.29.mlp.down_proj")
     expected = quantize_checkpoint(
-        smollm2, hessians={name: file.read_all(name) for name in file.names}, scale_search="hessian"
+        smollm2,
+        hessians={name: file.read_all(name) for name in compared},
+        skip=set(file.names) - set(compared),
+        scale_search="hessian",
     )
-    for layer in ("model.layers.0.self_attn.qkv_proj", "model.layers.29.mlp.down_proj"):
+    for layer in compared:
         assert_serves(tensors_of(outcome), layer, expected[layer])
 
 

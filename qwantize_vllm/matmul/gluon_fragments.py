@@ -1,0 +1,69 @@
+"""How the Gluon kernel makes a wgmma operand of a tile of a swizzled weight; see `swizzle.py` for its layout.
+
+Codes and scales come from shared memory, 16 bytes a thread; after that nothing moves between threads: layouts that
+differ in name alone are converted with assert_trivial.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from qwantize_vllm.matmul.triton_fragments import PLANES_BFLOAT16, PLANES_FLOAT16
+
+_MULTIPLY_BFLOAT16 = gl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
+_MULTIPLY_FLOAT16 = gl.constexpr("mul.rn.f16x2 $0, $1, $2;")
+
+
+@gluon.jit
+def load_scales(buffer, DOT: gl.constexpr):
+    """The scales of a chunk (64 rows, 4 tiles), one tensor a tile: a thread has those of its rows r and r + 8."""
+    THREADS: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [8, 0]],
+        lane_bases=[[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 4],
+    )
+    ROW: gl.constexpr = gl.SliceLayout(1, DOT)
+    even, odd = gl.split(gl.reshape(buffer.reshape((64, 4)).load(THREADS), (64, 2, 2)))
+    first, third = gl.split(even)
+    second, fourth = gl.split(odd)
+    return (
+        gl.convert_layout(first, ROW, assert_trivial=True),
+        gl.convert_layout(second, ROW, assert_trivial=True),
+        gl.convert_layout(third, ROW, assert_trivial=True),
+        gl.convert_layout(fourth, ROW, assert_trivial=True),
+    )
+
+
+@gluon.jit
+def decode_tile(buffer, tile: gl.constexpr, scales, dtype: gl.constexpr, BLOCK_SIZE: gl.constexpr, DOT: gl.constexpr):
+    """value * block_scale of a tile of a chunk, four planes (64 rows, 16 columns), in units that _RESCALE undoes."""
+    THREADS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    words = gl.reshape(buffer.slice(4 * tile, 4, 0).load(THREADS), (4, 8, 4, 2, 2, 2))  # part, r, q, k', n', k0
+    words = gl.reshape(gl.permute(words, (0, 4, 1, 3, 2, 5)), (64, 16))
+    words = gl.convert_layout(words, DOT, assert_trivial=True)
+    bits = scales[tile].to(gl.int32)
+    ASM: gl.constexpr = "=r,=r,=r,=r,r"
+    if dtype == gl.bfloat16:
+        a, b, c, d = gl.inline_asm_elementwise(PLANES_BFLOAT16, ASM, [words], (gl.bfloat16,) * 4, is_pure=True, pack=2)
+    else:
+        a, b, c, d = gl.inline_asm_elementwise(PLANES_FLOAT16, ASM, [words], (gl.float16,) * 4, is_pure=True, pack=2)
+    return (
+        _times(a, bits, 0, BLOCK_SIZE),
+        _times(b, bits, 1, BLOCK_SIZE),
+        _times(c, bits, 2, BLOCK_SIZE),
+        _times(d, bits, 3, BLOCK_SIZE),
+    )
+
+
+@gluon.jit
+def _times(values, scales, plane: gl.constexpr, BLOCK_SIZE: gl.constexpr):
+    """values (rows, 16 columns of a plane) by their block's scale, a byte of `scales` (rows,)."""
+    byte = (scales >> (8 * (plane * 16 // BLOCK_SIZE))) & 0xFF
+    # Two of the same: bfloat16 of exponent e - 9 + 118, float16 of exponent e - 9 + 7.
+    pair = byte * 0x00100010 + 0x76007600 if values.dtype == gl.bfloat16 else byte * 0x00800080 + 0x34003400
+    values, pair = gl.broadcast(values, gl.expand_dims(pair, 1))
+    MULTIPLY: gl.constexpr = _MULTIPLY_BFLOAT16 if values.dtype == gl.bfloat16 else _MULTIPLY_FLOAT16
+    return gl.inline_asm_elementwise(MULTIPLY, "=r,r,r,r", [values, pair], dtype=values.dtype, is_pure=True, pack=2)
