@@ -39,7 +39,7 @@ def load_scales(buffer, DOT: gl.constexpr):
 
 @gluon.jit
 def decode_tile(buffer, tile: gl.constexpr, scales, dtype: gl.constexpr, BLOCK_SIZE: gl.constexpr, DOT: gl.constexpr):
-    """value * block_scale of a tile of a chunk, four planes (64 rows, 16 columns), in units that _RESCALE undoes."""
+    """value * block_scale of a tile of a chunk, four planes (64 rows, 16 columns), in units that the end undoes."""
     THREADS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     words = gl.reshape(buffer.slice(4 * tile, 4, 0).load(THREADS), (4, 8, 4, 2, 2, 2))  # part, r, q, k', n', k0
     words = gl.reshape(gl.permute(words, (0, 4, 1, 3, 2, 5)), (64, 16))
