@@ -67,30 +67,30 @@ def tile_table(layers: list[str], tokens: list[int]) -> Table:
 
 
 def wgmma_table() -> Table:
-    """The time of a tile that is one of a round, of two rounds, of half a round and of a quarter."""
+    """From the times of one round of all multiprocessors, a longer one, two, half a round and a quarter."""
     table = Table(title="wgmma_shapes.py: microseconds for 64 columns; for 64 rows and one token")
     for column in ("shape", "STEPS", "_STORE", "_LEAVE", "_ADD"):
         table.add_column(column)
-    programs = torch.cuda.get_device_properties().multi_processor_count // 4 * 4
     for shape in STEPS:
-        size, n = shape.tokens * shape.groups, 64 * shape.groups * programs
-        once, longer = time_wgmma(shape, n, 4096), time_wgmma(shape, n, 12288)
+        size = shape.tokens * shape.groups
+        once, longer = time_wgmma(shape, 4, 4096), time_wgmma(shape, 4, 12288)
         step = (longer - once) / 128
-        store = (time_wgmma(shape, 2 * n, 4096) - once - 64 * step) / size
+        store = (time_wgmma(shape, 8, 4096) - once - 64 * step) / size
         start = once - 64 * step - size * store
-        half = (time_wgmma(shape, n // 2, 4096) - start - 32 * step) / size
-        quarter = (time_wgmma(shape, n // 4, 4096) - start - 16 * step) / size
+        half = (time_wgmma(shape, 2, 4096) - start - 32 * step) / size
+        quarter = (time_wgmma(shape, 1, 4096) - start - 16 * step) / size
         add = (quarter - half) / 2
         table.add_row(str(tuple(shape)), f"{step:.3f}", f"{store:.4f}", f"{half - 2 * add:.4f}", f"{add:.4f}")
     return table
 
 
-def time_wgmma(shape: WgmmaShape, n: int, k: int) -> float:
-    """Microseconds of a product with one tile of tokens."""
+def time_wgmma(shape: WgmmaShape, quarters: int, k: int) -> float:
+    """Microseconds of a product whose tiles fill so many quarters of the multiprocessors."""
     from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
 
-    weights = swizzled_copies((n, k))
-    x = random_activations(shape.tokens, k, torch.bfloat16, torch.device("cuda"))
+    row_tiles = torch.cuda.get_device_properties().multi_processor_count // 4
+    weights = swizzled_copies((64 * shape.groups * row_tiles, k))
+    x = random_activations(quarters * shape.tokens, k, torch.bfloat16, torch.device("cuda"))
     calls = [functools.partial(matmul_wgmma, x, weight, None, shape) for weight in weights]
     return 1e6 * time_call(calls, x.device).seconds
 

@@ -4,7 +4,7 @@ y = x W' is computed as W x', like in triton_swizzled.py, from the same layout. 
 product before it decodes the next weights; here both run at once:
 
 - One warp, the producer, has the TMA bring tiles of x, words and scales to shared memory, several ahead.
-- Two or three warp groups, the consumers, have 64 rows of W each. While the tensor cores multiply the tile of 64 columns
+- Two or three warp groups, the consumers, have 64 rows of W each. While the tensor cores multiply a tile of 64 columns
   in one set of registers, a group decodes the next tile into another set, and starts that product before it waits for
   the first.
 - Programs stay: each takes tile after tile of the result, and the producer loads the next one's operands while the
