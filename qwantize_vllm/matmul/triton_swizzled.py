@@ -91,7 +91,8 @@ def _splits(device: torch.device, tokens: int, programs: int, tiles: int) -> int
     return 1 << (splits.bit_length() - 1)
 
 
-@triton.jit
+# Else every number of tokens that is 1, or a multiple of 16, would be compiled for.
+@triton.jit(do_not_specialize=["m", "groups", "tiles"])
 def _swizzled_kernel(
     x_ptr,
     words_ptr,
