@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-_WIDTH, _HEIGHT = 360, 170
-_LEFT, _RIGHT, _TOP, _BOTTOM = 34, 12, 16, 24
+_WIDTH, _HEIGHT = 290, 170
+_LEFT, _RIGHT, _TOP, _BOTTOM = 28, 4, 16, 24
+_INSET = 8  # of the first and the last layer from the ends of the grid
 COLORS = 6
 
 
@@ -33,7 +34,7 @@ def lines(series: Sequence[Sequence[Point]], top: float, label: str) -> str:
     """
     ticks = _ticks(top)
     highest, indices = ticks[-1], sorted({point.index for points in series for point in points})
-    x = _Scale(indices[0], indices[-1], _LEFT, _WIDTH - _RIGHT)
+    x = _Scale(indices[0], indices[-1], _LEFT + _INSET, _WIDTH - _RIGHT - _INSET)
     y = _Scale(0, highest, _HEIGHT - _BOTTOM, _TOP)
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">']
     for tick in ticks:

@@ -172,13 +172,14 @@ def _layers(inspection: Inspection) -> str:
             first = ' class="first"' if number == 0 else ""
             below.append(f'<th{first} data-column="{column}"{sort}><button>{escape(name)}</button></th>')
             column += 1
-    above.append(f'<th class="first" colspan="{1 + len(names)}">Memory</th>')
-    for number, name in enumerate(["as it is", *names]):
+    served = _memory_columns(inspection)
+    above.append(f'<th class="first" colspan="{1 + len(served)}">Memory</th>')
+    for number, name in enumerate(["as it is", *served]):
         first = ' class="first"' if number == 0 else ""
         below.append(f'<th{first} data-column="{column}"><button>{escape(name)}</button></th>')
         column += 1
     tops = {each: max(e for layer in inspection.layers for e in _errors(layer, names, each)) for each, _ in groups}
-    rows = "\n".join(_row(layer, names, tops) for layer in worst_first(inspection))
+    rows = "\n".join(_row(layer, names, tops, served) for layer in worst_first(inspection))
     return (
         f'<h2>Layers</h2>\n<p class="soft">Worst first, by {_TITLES[metric].lower()} under {escape(setting)}. '
         "A click on a heading sorts by it.</p>\n"
@@ -192,7 +193,20 @@ def _errors(layer: InspectedLayer, names: list[str], metric: str) -> list[float]
     return [error or 0.0 for name in names for error in [error_of(layer, name, metric)]]
 
 
-def _row(layer: InspectedLayer, names: list[str], tops: dict[str, float]) -> str:
+def _memory_columns(inspection: Inspection) -> dict[str, str]:
+    """Headings of the columns of memory, each with its setting: one for all settings where they take the same."""
+    names = list(inspection.settings)
+    same = all(len({_kept(layer, name) for name in names}) == 1 for layer in inspection.layers)
+    return {"quantized": names[0]} if same else {name: name for name in names}
+
+
+def _kept(layer: InspectedLayer, name: str) -> int:
+    """Bytes of a layer under a setting."""
+    result = layer.results[name]
+    return layer.nbytes if isinstance(result, str) else result.nbytes
+
+
+def _row(layer: InspectedLayer, names: list[str], tops: dict[str, float], served: dict[str, str]) -> str:
     n, k = layer.shape
     members = "" if layer.members == [layer.name] else f' title="{escape("fused from " + ", ".join(layer.members))}"'
     cells = [
@@ -207,10 +221,8 @@ def _row(layer: InspectedLayer, names: list[str], tops: dict[str, float]) -> str
         ratio = None if isinstance(result, str) or math.isinf(result.snr_db) else result.snr_db
         cells.append(_cell(ratio, "" if ratio is None else f"{ratio:.2f}", number == 0))
     cells.append(_cell(layer.nbytes, size(layer.nbytes), True))
-    for name in names:
-        result = layer.results[name]
-        nbytes = layer.nbytes if isinstance(result, str) else result.nbytes
-        cells.append(_cell(nbytes, size(nbytes), False))
+    for name in served.values():
+        cells.append(_cell(_kept(layer, name), size(_kept(layer, name)), False))
     return f"<tr>{''.join(cells)}</tr>"
 
 
