@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -37,8 +36,6 @@ from qwantize_vllm.plugin.engine_process import in_own_process
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
 from qwantize_vllm.search.quality import output_signal_and_noise, signal_and_noise
-
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +143,6 @@ def inspect_model(
 
 
 def _inspect(model: str, settings: Mapping[str, dict[str, Any]], hessian: Path | None, dtype: str) -> Inspection:
-    _check_files(model)
     with _one_rank():
         built = {name: _Built(model, values, dtype) for name, values in settings.items()}
         base = _Built(model, {"scale_search": "optimal"}, dtype)
@@ -163,19 +159,6 @@ def _inspect(model: str, settings: Mapping[str, dict[str, Any]], hessian: Path |
         left=base.left(),
         hessian=None if file is None else {"path": str(hessian), **file.info.model_dump()},
     )
-
-
-def _check_files(model: str) -> None:
-    """vLLM reads the files that are there; those that an index names and that are not would be missed in silence."""
-    if not Path(model).is_dir():
-        return  # a name: vLLM downloads what it names
-    index = Path(model) / _INDEX
-    if index.is_file():
-        named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        if missing := sorted(name for name in named if not (Path(model) / name).is_file()):
-            raise ValueError(f"{index} names {len(missing)} files that are not there: {', '.join(missing[:5])}")
-    elif not any(Path(model).glob("*.safetensors")):
-        raise ValueError(f"{model} has no .safetensors file")
 
 
 @contextlib.contextmanager

@@ -12,8 +12,6 @@ import torch
 
 from .engine import server_environment
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-
 
 @pytest.fixture(scope="module")
 def encoder():
@@ -26,6 +24,8 @@ def encoder():
         pytest.skip(str(error))
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_better_searches_keep_embeddings_closer(encoder):
     text = "\n\n".join(topics[name] for name in sorted(topics))  # prose that comes with Python
     with mock.patch.dict(os.environ, server_environment(), clear=True):

@@ -15,6 +15,7 @@ from qwantize_vllm import __version__
 from qwantize_vllm.cli.bench.options import make_directory
 from qwantize_vllm.cli.bench.output import make_table
 from qwantize_vllm.cli.inspect import page, summary
+from qwantize_vllm.cli.inspect.files import check_files
 from qwantize_vllm.cli.setting_names import SEARCHES, settings_named
 from qwantize_vllm.hessian import HessianFile
 
@@ -45,6 +46,7 @@ def inspect(
     console = Console(markup=False)
     try:
         settings = _settings(setting or [*SEARCHES, *(["hessian"] if hessian else [])], hessian)
+        check_files(model)
         make_directory(out)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # what vLLM says of engines would bury the table
         from qwantize_vllm.plugin.inspection import inspect_model
