@@ -27,8 +27,13 @@ def color(number: int) -> str:
     return f"--c:var(--s{number % COLORS})"
 
 
+def worst(points: Sequence[Point]) -> Point:
+    """The highest one."""
+    return max(points, key=lambda point: point.percent)
+
+
 def lines(series: Sequence[Sequence[Point]], top: float, label: str) -> str:
-    """One line for each setting, from 0 to at least `top` percent; the last one's highest point is ringed and named.
+    """One line for each setting, from 0 to at least `top` percent; the last one's highest point is ringed.
 
     label: says what is drawn to those who do not see it.
     """
@@ -45,8 +50,9 @@ def lines(series: Sequence[Sequence[Point]], top: float, label: str) -> str:
     for number, points in enumerate(series):
         parts.append(_line(points, x, y, number))
     if series and series[-1]:
-        worst = max(series[-1], key=lambda point: point.percent)
-        parts.append(_ring(worst, x(worst.index), y(worst.percent), len(series) - 1))
+        point = worst(series[-1])
+        ring = f'<circle class="worst" cx="{x(point.index):.1f}" cy="{y(point.percent):.1f}" r="6"/>'
+        parts.append(f'<g style="{color(len(series) - 1)}">{ring}</g>')
     return "".join([*parts, "</svg>"])
 
 
@@ -58,16 +64,6 @@ def _line(points: Sequence[Point], x: _Scale, y: _Scale, number: int) -> str:
         for point in points
     )
     return f'<g style="{color(number)}"><polyline class="line" points="{path}"/>{dots}</g>'
-
-
-def _ring(point: Point, x: float, y: float, number: int) -> str:
-    anchor = "end" if x > _WIDTH / 2 else "start"
-    shift = -9 if anchor == "end" else 9
-    return (
-        f'<g style="{color(number)}"><circle class="worst" cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
-        f'<text class="label" x="{x + shift:.1f}" y="{max(y - 5, 11):.1f}" text-anchor="{anchor}">'
-        f"{point.index}: {point.percent:.2f} %</text></g>"
-    )
 
 
 class _Scale:
@@ -82,11 +78,11 @@ class _Scale:
 
 
 def _ticks(top: float) -> list[float]:
-    """Round values from 0 on, three to six of them, the last one at least `top`."""
+    """Round values from 0 on, three to seven of them, the last one at least `top`."""
     if top <= 0:
         return [0.0, 1.0]
     power = 10.0 ** math.floor(math.log10(top))
-    step = next(step * power for step in (0.2, 0.5, 1, 2, 5) if step * power * 5 >= top)
+    step = next(step * power for step in (0.2, 0.5, 1, 2, 5) if step * power * 6 >= top)
     return [step * i for i in range(math.ceil(top / step - 1e-9) + 1)]
 
 

@@ -84,7 +84,7 @@ def _settings(names: list[str], hessian: Path | None) -> dict[str, dict[str, Any
 def _print(inspection: Inspection, show: int, console: Console) -> None:
     setting, metric = summary.ranking(inspection)
     if show:
-        console.print(_layer_table(inspection, show, f"worst layers by {_words(metric)} under {setting}"))
+        console.print(_layer_table(inspection, show, f"worst layers by {_words(metric)} under {setting}; dB too"))
     console.print(_total_table(inspection))
     for name, patterns in inspection.unused.items():
         for pattern in patterns:
@@ -101,16 +101,17 @@ def _words(metric: str) -> str:
 
 
 def _layer_table(inspection: Inspection, show: int, title: str) -> Table:
-    _, metric = summary.ranking(inspection)
-    columns = [f"{name} {unit}" for name in inspection.settings for unit in ("%", "dB")]
-    table = make_table(["layer"], ["N x K", *columns], title)
+    setting, metric = summary.ranking(inspection)
+    table = make_table(["layer"], ["N x K", *(f"{name} %" for name in inspection.settings), "dB"], title)
     for layer in summary.worst_first(inspection)[:show]:
-        figures = []
-        for name, result in layer.results.items():
-            error = summary.error_of(layer, name, metric)
-            figures.append("" if error is None else f"{100 * error:.2f}")
-            figures.append("left" if isinstance(result, str) else f"{result.snr_db:.2f}")
-        table.add_row(layer.name, "x".join(map(str, layer.shape)), *figures)
+        errors = [summary.error_of(layer, name, metric) for name in inspection.settings]
+        figures = [
+            "left" if isinstance(result, str) else "" if error is None else f"{100 * error:.2f}"
+            for result, error in zip(layer.results.values(), errors, strict=True)
+        ]
+        result = layer.results[setting]
+        ratio = "" if isinstance(result, str) else f"{result.snr_db:.2f}"
+        table.add_row(layer.name, "x".join(map(str, layer.shape)), *figures, ratio)
     return table
 
 

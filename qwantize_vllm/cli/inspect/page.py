@@ -92,7 +92,8 @@ def _card(inspection: Inspection, number: int, name: str, totals: Totals, baseli
     delta = ""
     if number and error is not None and baseline:
         against = escape(next(iter(inspection.settings)))
-        delta = f'<span class="delta">{100 * (error / baseline - 1):+.1f} % against {against}</span>'
+        change = f"{100 * (error / baseline - 1):+.1f}".replace("-", "−")
+        delta = f'<span class="delta">{change} % against {against}</span>'
     rows = {f"{_TITLES[metric].lower()}, layers together": f"{_percent(totals.whole.get(metric))} %"}
     if metric == OUTPUT:
         rows["weight error, mean"] = f"{_percent(totals.mean.get(WEIGHT))} %"
@@ -124,7 +125,7 @@ def _charts(inspection: Inspection, metric: str) -> str:
     return (
         f"<h2>{_TITLES[metric]} by layer</h2>\n"
         f'<p class="soft">Percent, over the layer index, one panel for each projection, all with one scale. '
-        f"Ringed: the worst under {escape(list(inspection.settings)[-1])}.</p>\n"
+        f"Ringed, and named above: the worst under {escape(list(inspection.settings)[-1])}.</p>\n"
         f'<div class="legend">{legend}</div>\n<div class="panels">\n{panels}\n</div>'
     )
 
@@ -140,10 +141,14 @@ def _panel(inspection: Inspection, kind: str, layers: list[InspectedLayer], metr
                 points.append(chart.Point(place(layer.name)[1] or 0, 100 * error, title))
         series.append(points)
     shapes = {f"{layer.shape[0]} × {layer.shape[1]}" for layer in layers}
-    caption = f'<figcaption>{escape(kind)} <span class="soft">{escape(", ".join(sorted(shapes)))}</span></figcaption>'
+    caption = f'{escape(kind)} <span class="soft">{escape(", ".join(sorted(shapes)))}</span>'
+    if series[-1]:
+        worst = chart.worst(series[-1])
+        style = chart.color(len(series) - 1)
+        caption += f'<span class="worst" style="{style}">{worst.index}: {worst.percent:.2f} %</span>'
     label = f"{_TITLES[metric]} of {kind} by layer"
     drawn = chart.lines(series, top, label) if any(series) else '<p class="soft">not known, or not quantized</p>'
-    return f"<figure>{caption}{drawn}</figure>"
+    return f"<figure><figcaption>{caption}</figcaption>{drawn}</figure>"
 
 
 def _short_names(kinds: Iterable[str]) -> dict[str, str]:
