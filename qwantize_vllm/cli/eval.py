@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwantize_vllm.cli.bench.output import draw, make_table
-from qwantize_vllm.cli.setting_names import SEARCHES, settings_named
+from qwantize_vllm.cli.setting_names import SEARCHES, settings_named, short_names
 
 _BASE = "bf16"
 
@@ -35,7 +35,8 @@ def evaluate(
 ) -> None:
     """Perplexity by vLLM's own prompt log-probabilities, and KL divergence of its next-token distributions from bf16.
 
-    Errors are standard errors over windows: of the mean difference to bf16 for perplexity, of the mean for the others.
+    Log ratio: of the perplexity to bf16's. KL: over the whole vocabulary, mean over tokens, nats. Same top: how often the
+    most likely token is bf16's. Errors are standard errors of means over windows, each compared with bf16's.
     """
     from qwantize_vllm.plugin.perplexity import Windows, measure, tokenize
 
@@ -80,16 +81,17 @@ def _record(score: Any, base: Any) -> dict[str, Any]:
 def _table(title: str, records: dict[str, dict[str, Any]]) -> Table:
     columns = {
         "perplexity": ("perplexity", "{:.2f}"),
-        "log ratio to bf16": ("log_ratio", "{:+.4f}"),
+        "log ratio": ("log_ratio", "{:+.4f}"),
         "error": ("log_ratio_standard_error", "{:.4f}"),
-        "KL from bf16": ("kl", "{:.4f}"),
+        "KL": ("kl", "{:.4f}"),
         "error ": ("kl_standard_error", "{:.4f}"),
-        "same top token": ("same_top_token", "{:.1%}"),
+        "same top": ("same_top_token", "{:.1%}"),
     }
-    table = make_table(["setting"], columns, title)
+    table = make_table(["setting"], columns, f"{title}, against bf16")
+    labels = short_names(records)
     for name, record in records.items():
         figures = [form.format(record[key]) if record[key] is not None else "" for key, form in columns.values()]
-        table.add_row(name, *figures)
+        table.add_row(labels[name], *figures)
     return table
 
 

@@ -116,7 +116,7 @@ def measure(
     with tempfile.TemporaryDirectory() as directory:
         for name, values in settings.items():
             base = next(iter(scores.values()), None)
-            states = Path(directory) if kl else None
+            states = Path(directory) if kl and len(settings) > 1 else None
             scores[name] = in_own_process(_measure, model, windows, values, options, states, base)
     return scores
 
