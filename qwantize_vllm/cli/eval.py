@@ -35,8 +35,8 @@ def evaluate(
 ) -> None:
     """Perplexity by vLLM's own prompt log-probabilities, and KL divergence of its next-token distributions from bf16.
 
-    Log ratio: of the perplexity to bf16's. KL: over the whole vocabulary, mean over tokens, nats. Same top: how often the
-    most likely token is bf16's. Errors are standard errors of means over windows, each compared with bf16's.
+    Log ratio: of the perplexity to bf16's. KL: over the whole vocabulary, mean over tokens, nats. Same top: how often
+    the most likely token is bf16's. Errors are standard errors of means over windows, each compared with bf16's.
     """
     from qwantize_vllm.plugin.perplexity import Windows, measure, tokenize
 
