@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwantize_vllm.cli.bench.output import draw, make_table
+from qwantize_vllm.cli.eval_plot import plot
 from qwantize_vllm.cli.setting_names import SEARCHES, settings_named, short_names
 
 _BASE = "bf16"
@@ -96,8 +97,6 @@ def _table(title: str, records: dict[str, dict[str, Any]]) -> Table:
 
 
 def _write(out: Path, title: str, records: dict[str, dict[str, Any]], console: Console) -> None:
-    from qwantize_vllm.cli.eval_plot import plot
-
     finite = {
         name: {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
         for name, record in records.items()
