@@ -54,7 +54,7 @@ def run_calibration(
         from qwantize_vllm.plugin.calibration import calibrate
         from qwantize_vllm.plugin.corpus import read_windows
 
-        windows = read_windows(model, text, num_tokens, seq_len, each_line)
+        windows = read_windows(model, text, num_tokens, seq_len, each_line=each_line)
         info, left = calibrate(model, windows, block_size, out, {"tensor_parallel_size": tensor_parallel_size})
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -24,7 +24,7 @@ def letters(monkeypatch):
 
 
 def read(*paths, num_tokens=100, seq_len=4, each_line=False):
-    windows = corpus.read_windows("model", paths, num_tokens, seq_len, each_line)
+    windows = corpus.read_windows("model", paths, num_tokens, seq_len, each_line=each_line)
     return ["".join(map(chr, window)) for window in windows]
 
 
