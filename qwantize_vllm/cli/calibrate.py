@@ -24,6 +24,9 @@ def run_calibration(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("hessians.safetensors"),
     num_tokens: Annotated[int, typer.Option(min=1, help="Tokens to measure on, at most.")] = 32768,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a window; each is read alone.")] = 1024,
+    each_line: Annotated[
+        bool, typer.Option(help="Read every line of a .jsonl alone, with special tokens, as encoders read sentences.")
+    ] = False,
     block_size: Annotated[int, typer.Option(help="16 or 32, that of the settings it is for.")] = 16,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="As in vLLM.")] = 1,
     merge: Annotated[
@@ -51,7 +54,7 @@ def run_calibration(
         from qwantize_vllm.plugin.calibration import calibrate
         from qwantize_vllm.plugin.corpus import read_windows
 
-        windows = read_windows(model, text, num_tokens, seq_len)
+        windows = read_windows(model, text, num_tokens, seq_len, each_line=each_line)
         info, left = calibrate(model, windows, block_size, out, {"tensor_parallel_size": tensor_parallel_size})
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -20,6 +20,9 @@ from qwantize_vllm.hessian import BlockHessianSum, HessianFile, HessianInfo, sav
 from qwantize_vllm.plugin.engine_process import engine, in_own_process
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 
+# What a model that does not generate can be asked for; all of them run the same layers.
+_POOLING_TASKS = ("embed", "classify", "token_embed", "token_classify")
+
 
 class CalibrationWorker:
     """Methods that vLLM adds to its workers (`worker_extension_cls`)."""
@@ -84,23 +87,23 @@ def calibrate(
 def _calibrate(
     model: str, windows: Sequence[Sequence[int]], block_size: int, out: Path, options: dict[str, Any]
 ) -> tuple[HessianInfo, list[str]]:
-    from vllm import SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
 
-    longest = max(map(len, windows))
+    pools = EngineArgs(model=model).create_model_config().runner_type == "pooling"
+    longest = max(map(len, windows)) + (0 if pools else 1)  # the token that a model must generate
     arguments = {
-        "max_model_len": longest + 1,
-        "max_num_batched_tokens": longest + 1,
+        "max_model_len": longest,
+        "max_num_batched_tokens": longest,
         "enable_prefix_caching": False,
         "enforce_eager": True,  # hooks run where Python does
         "worker_extension_cls": f"{__name__}.{CalibrationWorker.__name__}",
     }
-    sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
     tokens = sum(map(len, windows))
     with engine(model=model, **arguments, **options) as llm, tempfile.TemporaryDirectory() as directory:
         left = llm.collective_rpc("qwantize_start", args=(block_size,))[0]
         with tqdm(total=tokens, unit="token", unit_scale=True, desc="calibrating", disable=None) as bar:
             for window in windows:
-                llm.generate([{"prompt_token_ids": list(window)}], sampling, use_tqdm=False)
+                _read(llm, list(window), pools)
                 bar.update(len(window))
         parts = llm.collective_rpc("qwantize_finish", args=(directory,))
         for _, seen in parts:
@@ -116,6 +119,18 @@ def _calibrate(
         )
         save_hessians(out, _joined([path for path, _ in parts]), block_size, info)
     return info, left
+
+
+def _read(llm: Any, window: list[int], pools: bool) -> None:
+    """Run a window through the model: to the first token of a completion, or to what an encoder makes of it."""
+    from vllm import SamplingParams
+
+    prompt = {"prompt_token_ids": window}
+    if pools:
+        task = next(task for task in _POOLING_TASKS if task in llm.supported_tasks)
+        llm.encode([prompt], pooling_task=task, use_tqdm=False)
+    else:
+        llm.generate([prompt], SamplingParams(max_tokens=1, temperature=0, detokenize=False), use_tqdm=False)
 
 
 def _check_tokens(seen: dict[str, int], tokens: int) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def read_windows(model: str, texts: Sequence[Path], num_tokens: int, seq_len: int) -> list[list[int]]:
+def read_windows(
+    model: str, texts: Sequence[Path], num_tokens: int, seq_len: int, each_line: bool = False
+) -> list[list[int]]:
     """Consecutive windows of seq_len tokens of every text, until num_tokens are reached; the last one may be shorter.
+
+    each_line: every chat or text of a .jsonl file begins a window of its own, with the special tokens that the
+        tokenizer gives to one, which is how an encoder reads sentences. Otherwise they follow each other without.
 
     Raises:
         ValueError: a line of a .jsonl file is neither a chat nor a text; the texts are empty.
@@ -19,27 +24,35 @@ def read_windows(model: str, texts: Sequence[Path], num_tokens: int, seq_len: in
     tokenizer = get_tokenizer(model)
     windows: list[list[int]] = []
     left = num_tokens
-    for path in texts:
-        read = _jsonl_tokens if path.suffix == ".jsonl" else _text_tokens
-        tokens = read(tokenizer, path)[:left]
+    for tokens in _pieces(tokenizer, texts, each_line):
+        tokens = tokens[:left]
         left -= len(tokens)
         windows += [tokens[i : i + seq_len] for i in range(0, len(tokens), seq_len)]
+        if not left:
+            break
     if not windows:
         raise ValueError(f"there is no token in {', '.join(map(str, texts))}")
     return windows
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))
+def _pieces(tokenizer: Any, texts: Sequence[Path], each_line: bool) -> Iterator[list[int]]:
+    """Token ids of what is cut into windows: a whole file, or with each_line a line of a .jsonl file."""
+    for path in texts:
+        if path.suffix != ".jsonl":
+            yield _tokens(tokenizer, path.read_text("utf-8"))
+        elif each_line:
+            for text in _jsonl_texts(tokenizer, path):
+                yield _tokens(tokenizer, text, special=True)
+        else:
+            yield [token for text in _jsonl_texts(tokenizer, path) for token in _tokens(tokenizer, text)]
 
 
-def _text_tokens(tokenizer: Any, path: Path) -> list[int]:
-    return _tokens(tokenizer, path.read_text("utf-8"))
+def _tokens(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=special))
 
 
-def _jsonl_tokens(tokenizer: Any, path: Path) -> list[int]:
-    """All lines, one after the other: {"messages": [...]} through the model's chat template, or {"text": "..."}."""
-    tokens: list[int] = []
+def _jsonl_texts(tokenizer: Any, path: Path) -> Iterator[str]:
+    """Of every line: {"messages": [...]} through the model's chat template, or {"text": "..."}."""
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -48,10 +61,8 @@ def _jsonl_tokens(tokenizer: Any, path: Path) -> list[int]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
         if isinstance(record, dict) and isinstance(record.get("messages"), list):
-            text = tokenizer.apply_chat_template(record["messages"], tokenize=False)
+            yield tokenizer.apply_chat_template(record["messages"], tokenize=False)
         elif isinstance(record, dict) and isinstance(record.get("text"), str):
-            text = record["text"]
+            yield record["text"]
         else:
             raise ValueError(f'{path}, line {number}: needs the key "messages" (a chat) or "text"')
-        tokens += _tokens(tokenizer, text)
-    return tokens

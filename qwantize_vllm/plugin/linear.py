@@ -96,14 +96,17 @@ class QwantizeLinearMethod(LinearMethodBase):
             return
         began = time.perf_counter()
         weight = layer.weight.data
-        parts = self._quantize(layer, weight)
-        energies = [signal_and_noise(*pair) for pair in zip(weight.split(self._widths(layer)), parts, strict=True)]
-        signal, noise = (float(sum(energy)) for energy in zip(*energies, strict=True))
-        quantized = QuantizedLayer.of(parts, weight.dtype)
+        parts = self.quantized_parts(layer, weight)
+        signal, noise = (float(sum(each)) for each in zip(*(signal_and_noise(*part) for part in parts), strict=True))
+        quantized = QuantizedLayer.of([q for _, q in parts], weight.dtype)
         self._form = choose_form(self.settings, quantized)
         after = self._form.keep(layer, quantized)
         setattr(layer, _DONE, True)
         self.report.quantized(self.name, weight.nbytes, after, signal, noise, began)
+
+    def quantized_parts(self, layer: LinearBase, weight: torch.Tensor) -> list[tuple[torch.Tensor, Nvfp4Tensor]]:
+        """The rows of this rank's dense weight that share a global scale, each with what becomes of it."""
+        return list(zip(weight.split(self._widths(layer)), self._quantize(layer, weight), strict=True))
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self._form is None:

@@ -61,7 +61,7 @@ class LoadReport:
                     len(self._without_hessian),
                     ", ".join(self._without_hessian),
                 )
-            for pattern in self._unused_patterns():
+            for pattern in self.unused_patterns():
                 logger.warning("qwantize: ignore pattern %r named no layer of this model", pattern)
             self._start_over()  # weights may be reloaded later
 
@@ -100,7 +100,12 @@ class LoadReport:
         counted = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
         return sum(storages.values()), f"{sum(reasons.values())} left ({counted})"
 
-    def _unused_patterns(self) -> list[str]:
+    def reason(self, layer: torch.nn.Module) -> str | None:
+        """Why a layer stays as it is; None where nothing was said of it."""
+        return next((reason for (_, key), (_, reason) in self._left.items() if key == id(layer)), None)
+
+    def unused_patterns(self) -> list[str]:
+        """Of `ignore`, those that have named no layer so far."""
         return [pattern for pattern in self.settings.ignore if not any(matches(n, [pattern]) for n in self._ignored)]
 
 

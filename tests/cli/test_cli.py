@@ -4,6 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qwantize_vllm.cli import app
+from qwantize_vllm.cli.setting_names import short_names
 
 runner = CliRunner()
 
@@ -28,6 +29,15 @@ def test_eval_refuses_what_it_cannot_read_before_an_engine_starts(tmp_path, argu
     result = runner.invoke(app, ["eval", "model", "--text", str(text), *arguments], env={"COLUMNS": "400"})
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_files_of_settings_are_named_by_their_stems():
+    assert short_names(["bf16", "configs/a.yaml", "x/b.yaml", "y/b.yaml"]) == {
+        "bf16": "bf16",
+        "configs/a.yaml": "a",
+        "x/b.yaml": "x/b.yaml",
+        "y/b.yaml": "y/b.yaml",
+    }
 
 
 def test_calibrate_does_not_write_where_vllm_reads_weights(tmp_path):

@@ -28,13 +28,11 @@ def run(*command: str | Path, env: Mapping[str, str] | None = None) -> str:
     return done.stdout
 
 
-def test_eval_compares_settings_window_by_window(smollm2, tmp_path):
+def test_eval_compares_settings_with_bf16_window_by_window(smollm2, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
     out = tmp_path / "scores.json"
     options = [
-        "--setting",
-        "bf16",
         "--setting",
         "naive",
         "--window-tokens",
@@ -53,6 +51,13 @@ def test_eval_compares_settings_window_by_window(smollm2, tmp_path):
         # After the first sentence the rest is known: a model that reads its window is hardly surprised.
         assert 1 < score["perplexity"] < 10
         assert score["perplexity"] == pytest.approx(math.exp(sum(score["window_nll"]) / 2))
+    assert scores["bf16"]["kl"] is None
+    naive = scores["naive"]
+    assert naive["kl"] == pytest.approx(sum(naive["window_kl"]) / 2)
+    # What quantization costs the text's own words on average is a share of what it does to the distributions.
+    assert 0.01 < naive["kl"] < 1
+    assert 0.5 < naive["same_top_token"] < 1
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bench_serve_times_every_load_with_both_methods(tmp_path):

@@ -11,8 +11,7 @@ class Letters:
     """A tokenizer: a token for each letter."""
 
     def encode(self, text, add_special_tokens):
-        assert not add_special_tokens
-        return [ord(letter) for letter in text]
+        return [ord(letter) for letter in (f"^{text}$" if add_special_tokens else text)]
 
     def apply_chat_template(self, messages, tokenize):
         assert not tokenize
@@ -24,8 +23,9 @@ def letters(monkeypatch):
     monkeypatch.setattr("vllm.tokenizers.get_tokenizer", lambda model: Letters())
 
 
-def read(*paths, num_tokens=100, seq_len=4):
-    return ["".join(map(chr, window)) for window in corpus.read_windows("model", paths, num_tokens, seq_len)]
+def read(*paths, num_tokens=100, seq_len=4, each_line=False):
+    windows = corpus.read_windows("model", paths, num_tokens, seq_len, each_line=each_line)
+    return ["".join(map(chr, window)) for window in windows]
 
 
 def test_windows_follow_each_other_and_stop_at_the_number_of_tokens(tmp_path):
@@ -41,6 +41,8 @@ def test_chats_and_texts_of_jsonl(tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n\n{"text": "bye"}\n')
     assert read(path, seq_len=100) == ["<user>hibye"]
+    assert read(path, seq_len=8, each_line=True) == ["^<user>h", "i$", "^bye$"]
+    assert read(path, seq_len=8, num_tokens=12, each_line=True) == ["^<user>h", "i$", "^b"]
 
 
 @pytest.mark.parametrize(
