@@ -8,24 +8,29 @@ from pathlib import Path
 from typing import Any
 
 
-def read_windows(model: str, texts: Sequence[Path], num_tokens: int, seq_len: int) -> list[list[int]]:
+def read_windows(
+    model: str, texts: Sequence[Path], num_tokens: int, seq_len: int, first_token: int = 0
+) -> list[list[int]]:
     """Consecutive windows of seq_len tokens of every text, until num_tokens are reached; the last one may be shorter.
 
+    first_token: where to begin, the texts taken one after the other.
+
     Raises:
-        ValueError: a line of a .jsonl file is neither a chat nor a text; the texts are empty.
+        ValueError: a line of a .jsonl file is neither a chat nor a text; the texts end before first_token.
     """
     from vllm.tokenizers import get_tokenizer
 
     tokenizer = get_tokenizer(model)
     windows: list[list[int]] = []
-    left = num_tokens
+    skip, left = first_token, num_tokens
     for path in texts:
         read = _jsonl_tokens if path.suffix == ".jsonl" else _text_tokens
-        tokens = read(tokenizer, path)[:left]
-        left -= len(tokens)
+        everything = read(tokenizer, path)
+        tokens = everything[skip : skip + left]
+        skip, left = max(0, skip - len(everything)), left - len(tokens)
         windows += [tokens[i : i + seq_len] for i in range(0, len(tokens), seq_len)]
     if not windows:
-        raise ValueError(f"there is no token in {', '.join(map(str, texts))}")
+        raise ValueError(f"there is no token in {', '.join(map(str, texts))} from number {first_token} on")
     return windows
 
 

@@ -17,6 +17,7 @@ from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.weights import Form, QuantizedLayer, choose_form
+from qwantize_vllm.search.gptq import GptqOptions
 from qwantize_vllm.search.quality import signal_and_noise
 from qwantize_vllm.search.quantize import describe_nonfinite, matrix_amax, resolve_global_scale, search_nvfp4
 from qwantize_vllm.settings import QwantizeSettings
@@ -37,7 +38,7 @@ class QwantizeLinearMethod(LinearMethodBase):
 
     def __init__(self, settings: QwantizeSettings, name: str, report: LoadReport, members: list[str]) -> None:
         self.settings, self.name, self.report, self.members = settings, name, report, members
-        self.search = settings.scale_search
+        self.search, self.refine = settings.scale_search, settings.refine
         self._hessian_name: str | None = None
         self._form: Form | None = None
 
@@ -55,7 +56,7 @@ class QwantizeLinearMethod(LinearMethodBase):
 
         Raises:
             ValueError: K is not a multiple of the block size and the settings are strict; the Hessian
-                file does not fit the layer.
+                file does not fit the layer; refine is gptq and the layer is on several ranks.
         """
         block_size = self.settings.block_size
         layer.logical_widths = output_partition_sizes
@@ -83,6 +84,11 @@ class QwantizeLinearMethod(LinearMethodBase):
         if self.settings.hessian is not None:
             # Here, so that a file that does not fit is refused before weights are read.
             self._find_hessian(input_size // block_size)
+            if self.refine == "gptq" and layer.tp_size > 1:
+                raise ValueError(
+                    f"qwantize: {self.name} is on {layer.tp_size} ranks; refine: gptq compensates errors across a "
+                    "whole layer, which must be on one: start with --tensor-parallel-size 1, or set refine: codes"
+                )
         self.report.expect(self.name)
         initialize_online_processing(layer)
 
@@ -131,7 +137,9 @@ class QwantizeLinearMethod(LinearMethodBase):
         scales = resolve_global_scale(amax, "none" if self.settings.global_scale == "none" else "amax")
         hessian = self._hessian(layer, weight)
         return [
-            search_nvfp4(part, self.search, self.settings.block_size, scale, hessian)
+            search_nvfp4(
+                part, self.search, self.settings.block_size, scale, hessian, refine=self.refine, gptq=self._gptq
+            )
             for part, scale in zip(parts, scales, strict=True)
         ]
 
@@ -141,17 +149,23 @@ class QwantizeLinearMethod(LinearMethodBase):
         if file.has(names) or self.settings.strict:
             self._hessian_name = file.find(names, blocks)
         else:
-            self.search = "optimal"
+            self.search, self.refine = "optimal", "none"
             self.report.without_hessian(self.name)
 
     def _hessian(self, layer: LinearBase, weight: torch.Tensor) -> torch.Tensor | None:
-        """This rank's block Hessians, of the layer or of a member that it is fused from."""
+        """This rank's block Hessians, of the layer or of a member that it is fused from; for gptq its whole Hessian."""
         if self._hessian_name is None:
             return None
+        if self.refine == "gptq":
+            return self._hessian_file().read_full(self._hessian_name).to(weight.device)
         blocks = weight.shape[1] // self.settings.block_size
         row_parallel = layer.input_size != layer.input_size_per_partition
         start = layer.tp_rank * blocks if row_parallel else 0
         return self._hessian_file().read(self._hessian_name, start, start + blocks).to(weight.device)
+
+    @property
+    def _gptq(self) -> GptqOptions:
+        return GptqOptions(self.settings.gptq_damping, self.settings.gptq_order)
 
     def _hessian_file(self) -> HessianFile:
         return _open_hessians(str(self.settings.hessian), self.settings.block_size)

@@ -1,0 +1,173 @@
+"""Error compensation across blocks (GPTQ), a block of columns at a time.
+
+The layer's output error is tr(R H R'), R = W - Q (N, K) and H the Hessian of all K inputs. With H = T T', T upper
+triangular, it is |R T|^2, and column block B of R T depends only on the residuals of the blocks up to B:
+
+    (R T)_B  =  R_before T_before,B  +  R_B T_BB  =  (W'_B - Q_B) T_BB,      W'_B = W_B + R_before T_before,B T_BB^-1
+
+So block after block is quantized as if its weights were W'_B, which repair what those before it broke, as far as that
+can be: each row pays r'Sr, r a row of W'_B - Q_B and S = T_BB T_BB' what H leaves of the block once the later ones have
+repaired what they can. What is written here as |R T|^2 is GPTQ (Frantar et al., arXiv:2210.17323), there with the
+inverse of H; that it is Babai's nearest-plane algorithm was noted by Chen et al., arXiv:2507.18553.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+import torch
+
+from qwantize_vllm.format import dequantize_rows
+from qwantize_vllm.search.searches import Searches
+
+BlockOrder = Literal["natural", "loss"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GptqOptions:
+    """How the blocks of a layer are quantized one after the other.
+
+    Attributes:
+        damping: added to the diagonal of H, as a part of the diagonal's mean; over 0.
+        order: "natural", or by "loss": first the blocks that lose most where nothing is compensated.
+
+    Raises:
+        ValueError: none of these.
+    """
+
+    damping: float = 0.01
+    order: BlockOrder = "natural"
+
+    def __post_init__(self) -> None:
+        if not self.damping > 0:
+            raise ValueError(f"damping must be over 0, got {self.damping!r}")
+        if self.order not in get_args(BlockOrder):
+            raise ValueError(f"order must be one of {get_args(BlockOrder)}, got {self.order!r}")
+
+
+GPTQ_DEFAULTS = GptqOptions()
+
+
+def quantize_gptq(
+    weight: torch.Tensor,
+    block_size: int,
+    global_scale: torch.Tensor,
+    hessian: torch.Tensor,
+    searches: type[Searches],
+    options: GptqOptions,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a batch of matrices, one at a time, each block after block.
+
+    A matrix costs a Cholesky factor of H in float64, K^3/3, N K^2 multiply-adds in float32, and K/block_size searches
+    of (N, block_size), some fifty launches each on a GPU; memory for three float64 (K, K) and two float32 (N, K).
+
+    Args:
+        weight: (E, N, K) float32, bfloat16 or float16, finite, K a multiple of block_size; any strides.
+        block_size: 16 or 32.
+        global_scale: float32 (E,), positive and normal.
+        hessian: float32 (E, K, K), each the sum of x x' over the layer's inputs.
+        searches: by which a column of blocks is quantized.
+
+    Returns:
+        Packed codes uint8 (E, N, K/2) and the E4M3 codes of the block scales uint8 (E, N, K/block_size).
+
+    Raises:
+        ValueError: an H, damped, is not positive definite.
+    """
+    e, n, k = weight.shape
+    codes = torch.empty(e, n, k // 2, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(e, n, k // block_size, dtype=torch.uint8, device=weight.device)
+    for i in range(e if n else 0):
+        matrix = _Matrix(weight[i].float(), block_size, global_scale[i : i + 1], hessian[i], searches, options)
+        codes[i], scales[i] = matrix.quantize()
+    return codes, scales
+
+
+class _Matrix:
+    """One matrix on its way; all of weight and H in the order in which blocks are visited."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        block_size: int,
+        global_scale: torch.Tensor,
+        hessian: torch.Tensor,
+        searches: type[Searches],
+        options: GptqOptions,
+    ) -> None:
+        self.block_size, self.global_scale, self.searches = block_size, global_scale, searches
+        damped = damp(hessian, options.damping)
+        self.order = self._order(weight, damped, options.order)
+        elements = (self.order[:, None] * block_size + torch.arange(block_size, device=weight.device)).flatten()
+        self.weight = weight[:, elements]
+        self.hessian = damped[elements][:, elements]
+        self.factor = upper_factor(self.hessian).float()
+        self.residual = torch.zeros_like(self.weight)
+
+    def quantize(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, scales), in the order of the weight's columns."""
+        n, k = self.weight.shape
+        codes = torch.empty(n, k // self.block_size, self.block_size // 2, dtype=torch.uint8, device=self.weight.device)
+        scales = torch.empty(n, k // self.block_size, dtype=torch.uint8, device=self.weight.device)
+        for step, j in enumerate(self.order.tolist()):
+            part = slice(step * self.block_size, (step + 1) * self.block_size)
+            codes[:, j], scales[:, j : j + 1] = self._quantize_block(part)
+        return codes.flatten(1), scales
+
+    def _quantize_block(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, scales) of a column of blocks."""
+        before = self.residual[:, : part.start] @ self.factor[: part.start, part]
+        corner = self.factor[part, part]
+        wanted = self.weight[:, part] + torch.linalg.solve_triangular(corner, before, upper=True, left=False)
+        codes, scales = self._search(wanted, self.hessian[part, part].float())
+        left = corner @ corner.mT
+        codes = self.searches.refine(wanted[None], codes, scales, self.block_size, self.global_scale, left[None, None])
+        self.residual[:, part] = self.weight[:, part] - self._decode(codes[0], scales[0])
+        return codes[0], scales[0]
+
+    def _search(self, weight: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.searches.search(weight[None], "hessian", self.block_size, self.global_scale, hessian[None, None])
+
+    def _decode(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return dequantize_rows(codes, scales.view(torch.float8_e4m3fn), self.global_scale, self.block_size)
+
+    def _order(self, weight: torch.Tensor, hessian: torch.Tensor, order: BlockOrder) -> torch.Tensor:
+        """The blocks (int64) in the order in which they are visited."""
+        blocks = weight.shape[1] // self.block_size
+        if order == "natural":
+            return torch.arange(blocks, device=weight.device)
+        square = hessian.unflatten(0, (blocks, -1)).unflatten(2, (blocks, -1))
+        diagonal = square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        codes, scales = self.searches.search(
+            weight[None], "hessian", self.block_size, self.global_scale, diagonal.float()[None].contiguous()
+        )
+        residual = (weight - self._decode(codes[0], scales[0])).unflatten(1, (blocks, -1)).transpose(0, 1).double()
+        loss = ((residual @ diagonal) * residual).sum(dim=(1, 2))
+        return loss.argsort(descending=True, stable=True)
+
+
+def damp(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """H, symmetric and of a mean diagonal of 1 (the identity where H is zero), plus damping on it, float64 (K, K)."""
+    damped = hessian.double()
+    damped = (damped + damped.mT) / 2
+    mean = damped.diagonal().mean()
+    damped = damped / torch.where(mean > 0, mean, 1.0)
+    damped.diagonal().add_(torch.where(mean > 0, damping, 1.0))
+    return damped
+
+
+def upper_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """The upper triangular T with H = T T', float64 (K, K).
+
+    Raises:
+        ValueError: H is not positive definite.
+    """
+    # The lower factor of H in reverse order, in reverse order.
+    factor, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    if int(failed):
+        raise ValueError(
+            f"hessian {tuple(hessian.shape)} is not positive definite, not even damped; raise the damping, or "
+            "calibrate on more text"
+        )
+    return factor.flip(0, 1)
