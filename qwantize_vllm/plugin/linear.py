@@ -58,6 +58,7 @@ class QwantizeLinearMethod(LinearMethodBase):
             ValueError: K is not a multiple of the block size and the settings are strict; the Hessian
                 file does not fit the layer; refine is gptq and the layer is on several ranks.
         """
+        self._check_ranks(layer)
         block_size = self.settings.block_size
         layer.logical_widths = output_partition_sizes
         layer.input_size_per_partition = input_size_per_partition
@@ -84,11 +85,6 @@ class QwantizeLinearMethod(LinearMethodBase):
         if self.settings.hessian is not None:
             # Here, so that a file that does not fit is refused before weights are read.
             self._find_hessian(input_size // block_size)
-            if self.refine == "gptq" and layer.tp_size > 1:
-                raise ValueError(
-                    f"qwantize: {self.name} is on {layer.tp_size} ranks; refine: gptq compensates errors across a "
-                    "whole layer, which must be on one: start with --tensor-parallel-size 1, or set refine: codes"
-                )
         self.report.expect(self.name)
         initialize_online_processing(layer)
 
@@ -116,6 +112,13 @@ class QwantizeLinearMethod(LinearMethodBase):
             raise RuntimeError(f"qwantize: {self.name} is called before its weights were loaded")
         return self._form.apply(layer, x, bias)
 
+    def _check_ranks(self, layer: LinearBase) -> None:
+        if self.refine == "gptq" and layer.tp_size > 1:
+            raise ValueError(
+                f"qwantize: {self.name} is on {layer.tp_size} ranks; refine: gptq compensates errors across a whole "
+                "layer, which must be on one: start with --tensor-parallel-size 1, or set refine: codes"
+            )
+
     def _leave(self, layer: LinearBase, reason: str) -> None:
         if self.settings.strict:
             raise ValueError(f"qwantize: {self.name} cannot be quantized: {reason} (strict: true)")
@@ -135,13 +138,14 @@ class QwantizeLinearMethod(LinearMethodBase):
         if not bool(torch.isfinite(amax).all()):
             raise ValueError(f"qwantize: {self.name}: {describe_nonfinite(weight)} (on this rank)")
         scales = resolve_global_scale(amax, "none" if self.settings.global_scale == "none" else "amax")
-        hessian = self._hessian(layer, weight)
-        return [
-            search_nvfp4(
-                part, self.search, self.settings.block_size, scale, hessian, refine=self.refine, gptq=self._gptq
-            )
-            for part, scale in zip(parts, scales, strict=True)
-        ]
+        hessian, how = self._hessian(layer, weight), {"refine": self.refine, "gptq": self._gptq}
+        try:
+            return [
+                search_nvfp4(part, self.search, self.settings.block_size, scale, hessian, **how)
+                for part, scale in zip(parts, scales, strict=True)
+            ]
+        except ValueError as error:  # a Hessian that gptq cannot use
+            raise ValueError(f"qwantize: {self.name}: {error}") from error
 
     def _find_hessian(self, blocks: int) -> None:
         """The name that the file has this layer under; if it has none, and may, the layer is searched without."""
