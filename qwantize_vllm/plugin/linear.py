@@ -138,10 +138,11 @@ class QwantizeLinearMethod(LinearMethodBase):
         if not bool(torch.isfinite(amax).all()):
             raise ValueError(f"qwantize: {self.name}: {describe_nonfinite(weight)} (on this rank)")
         scales = resolve_global_scale(amax, "none" if self.settings.global_scale == "none" else "amax")
-        hessian, how = self._hessian(layer, weight), {"refine": self.refine, "gptq": self._gptq}
+        hessian = self._hessian(layer, weight)
+        search = functools.partial(search_nvfp4, refine=self.refine, gptq=self._gptq)
         try:
             return [
-                search_nvfp4(part, self.search, self.settings.block_size, scale, hessian, **how)
+                search(part, self.search, self.settings.block_size, scale, hessian)
                 for part, scale in zip(parts, scales, strict=True)
             ]
         except ValueError as error:  # a Hessian that gptq cannot use
