@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from qwantize_vllm import Nvfp4Tensor, quantize_nvfp4
 from qwantize_vllm.hessian import HessianFile
+from qwantize_vllm.search.gptq import diagonal_blocks
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 SEARCHES: dict[str, dict[str, Any]] = {
@@ -87,12 +88,6 @@ def quantize(weight: torch.Tensor, hessian: torch.Tensor, block_size: int, **how
     if how["scale_search"] == "hessian":
         how["hessian"] = hessian if how.get("refine") == "gptq" else diagonal_blocks(hessian, block_size)
     return quantize_nvfp4(weight, block_size=block_size, **how)
-
-
-def diagonal_blocks(hessian: torch.Tensor, block_size: int) -> torch.Tensor:
-    """(K, K) -> (K/block_size, block_size, block_size)."""
-    blocks = len(hessian) // block_size
-    return hessian.unflatten(0, (blocks, -1)).unflatten(2, (blocks, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def energies(weight: torch.Tensor, q: Nvfp4Tensor, hessian: torch.Tensor) -> dict[str, tuple[float, float]]:

@@ -98,11 +98,13 @@ class _Matrix:
     ) -> None:
         self.block_size, self.global_scale, self.searches = block_size, global_scale, searches
         damped = damp(hessian, options.damping)
-        self.order = self._order(weight, damped, options.order)
-        elements = (self.order[:, None] * block_size + torch.arange(block_size, device=weight.device)).flatten()
+        blocks = diagonal_blocks(damped, block_size)
+        self.order = self._order_by_loss(weight, blocks) if options.order == "loss" else range(len(blocks))
+        index = torch.tensor(self.order, device=weight.device)
+        elements = (index[:, None] * block_size + torch.arange(block_size, device=weight.device)).flatten()
         self.weight = weight[:, elements]
-        self.hessian = damped[elements][:, elements]
-        self.factor = upper_factor(self.hessian).float()
+        self.blocks = blocks[index].float()
+        self.factor = upper_factor(damped[elements][:, elements]).float()
         self.residual = torch.zeros_like(self.weight)
 
     def quantize(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,50 +112,51 @@ class _Matrix:
         n, k = self.weight.shape
         codes = torch.empty(n, k // self.block_size, self.block_size // 2, dtype=torch.uint8, device=self.weight.device)
         scales = torch.empty(n, k // self.block_size, dtype=torch.uint8, device=self.weight.device)
-        for step, j in enumerate(self.order.tolist()):
-            part = slice(step * self.block_size, (step + 1) * self.block_size)
-            codes[:, j], scales[:, j : j + 1] = self._quantize_block(part)
+        for step, j in enumerate(self.order):
+            codes[:, j], scales[:, j : j + 1] = self._quantize_block(step)
         return codes.flatten(1), scales
 
-    def _quantize_block(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes, scales) of a column of blocks."""
+    def _quantize_block(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, scales) of the column of blocks whose turn it is."""
+        part = slice(step * self.block_size, (step + 1) * self.block_size)
         before = self.residual[:, : part.start] @ self.factor[: part.start, part]
         corner = self.factor[part, part]
         wanted = self.weight[:, part] + torch.linalg.solve_triangular(corner, before, upper=True, left=False)
-        codes, scales = self._search(wanted, self.hessian[part, part].float())
-        left = corner @ corner.mT
-        codes = self.searches.refine(wanted[None], codes, scales, self.block_size, self.global_scale, left[None, None])
+        codes, scales = self._search(wanted, self.blocks[step : step + 1])
+        left = (corner @ corner.mT)[None, None]
+        codes = self.searches.refine(wanted[None], codes, scales, self.block_size, self.global_scale, left)
         self.residual[:, part] = self.weight[:, part] - self._decode(codes[0], scales[0])
         return codes[0], scales[0]
 
-    def _search(self, weight: torch.Tensor, hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.searches.search(weight[None], "hessian", self.block_size, self.global_scale, hessian[None, None])
+    def _search(self, weight: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.searches.search(weight[None], "hessian", self.block_size, self.global_scale, blocks[None])
 
     def _decode(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         return dequantize_rows(codes, scales.view(torch.float8_e4m3fn), self.global_scale, self.block_size)
 
-    def _order(self, weight: torch.Tensor, hessian: torch.Tensor, order: BlockOrder) -> torch.Tensor:
-        """The blocks (int64) in the order in which they are visited."""
-        blocks = weight.shape[1] // self.block_size
-        if order == "natural":
-            return torch.arange(blocks, device=weight.device)
-        square = hessian.unflatten(0, (blocks, -1)).unflatten(2, (blocks, -1))
-        diagonal = square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        codes, scales = self.searches.search(
-            weight[None], "hessian", self.block_size, self.global_scale, diagonal.float()[None].contiguous()
-        )
-        residual = (weight - self._decode(codes[0], scales[0])).unflatten(1, (blocks, -1)).transpose(0, 1).double()
-        loss = ((residual @ diagonal) * residual).sum(dim=(1, 2))
-        return loss.argsort(descending=True, stable=True)
+    def _order_by_loss(self, weight: torch.Tensor, blocks: torch.Tensor) -> list[int]:
+        """The blocks in falling order of what they lose where nothing is compensated."""
+        codes, scales = self._search(weight, blocks.float())
+        residual = (weight - self._decode(codes[0], scales[0])).unflatten(1, (len(blocks), -1)).transpose(0, 1).double()
+        loss = ((residual @ blocks) * residual).sum(dim=(1, 2))
+        order: list[int] = loss.argsort(descending=True, stable=True).tolist()
+        return order
+
+
+def diagonal_blocks(hessian: torch.Tensor, block_size: int) -> torch.Tensor:
+    """(K, K) -> (K/block_size, block_size, block_size)."""
+    blocks = len(hessian) // block_size
+    square = hessian.unflatten(0, (blocks, -1)).unflatten(2, (blocks, -1))
+    return square.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
 def damp(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """H, symmetric and of a mean diagonal of 1 (the identity where H is zero), plus damping on it, float64 (K, K)."""
     damped = hessian.double()
     damped = (damped + damped.mT) / 2
-    mean = damped.diagonal().mean()
-    damped = damped / torch.where(mean > 0, mean, 1.0)
-    damped.diagonal().add_(torch.where(mean > 0, damping, 1.0))
+    mean = float(damped.diagonal().mean())
+    damped = damped / (mean if mean > 0 else 1.0)
+    damped.diagonal().add_(damping if mean > 0 else 1.0)
     return damped
 
 

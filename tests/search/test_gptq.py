@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwantize_vllm import Nvfp4Tensor, quantize_nvfp4
-from qwantize_vllm.search.gptq import GptqOptions, damp, upper_factor
+from qwantize_vllm.search.gptq import GptqOptions, damp, diagonal_blocks, upper_factor
 from tests.devices import kernel_device
 from tests.numbers import make_weight
 
@@ -33,10 +33,6 @@ def inputs_in_common(k, seed=0):
     return x.mT @ x
 
 
-def diagonal_blocks(hessian, size=16):
-    return torch.stack([hessian[j : j + size, j : j + size] for j in range(0, len(hessian), size)])
-
-
 def output_error(weight, q: Nvfp4Tensor, hessian):
     error = weight.double() - q.dequantize().double()
     return ((error @ hessian.double()) * error).sum()
@@ -59,7 +55,7 @@ def test_the_output_is_nearer_than_with_blocks_alone(quantize, order, block_size
 def test_inputs_that_have_nothing_in_common_leave_nothing_to_repair(quantize):
     weight = make_weight("student", 20, 64)
     hessian = torch.eye(64) * 3
-    alone = quantize_nvfp4(weight, "hessian", hessian=diagonal_blocks(hessian))
+    alone = quantize_nvfp4(weight, "hessian", hessian=diagonal_blocks(hessian, 16))
     assert same(quantize(weight, hessian), alone)
     assert same(quantize(weight, hessian, order="loss"), alone)
     assert same(quantize(weight, hessian * 0), alone)
@@ -89,8 +85,10 @@ def test_rows_do_not_depend_on_each_other(quantize):
 def test_a_batch_is_its_matrices_whatever_the_default_dtype(quantize):
     weight = torch.stack([make_weight("gaussian", 6, 32, torch.bfloat16, seed=i) for i in range(2)])
     hessian = torch.stack([inputs_in_common(32, seed=i) for i in range(2)])
+    damped = damp(hessian[0], 0.01)
     torch.set_default_dtype(torch.bfloat16)
     try:
+        assert torch.equal(damp(hessian[0], 0.01), damped)
         batch, shared = quantize(weight, hessian, order="loss"), quantize(weight, hessian[0])
     finally:
         torch.set_default_dtype(torch.float32)
@@ -136,3 +134,9 @@ def test_wrong_options_are_refused():
         GptqOptions(damping=0)
     with pytest.raises(ValueError, match=r"order must be one of .* got 'random'"):
         GptqOptions(order="random")
+
+
+def test_blocks_on_the_diagonal():
+    hessian = torch.arange(64.0 * 64).view(64, 64)
+    wanted = [hessian[j : j + 16, j : j + 16] for j in range(0, 64, 16)]
+    assert torch.equal(diagonal_blocks(hessian, 16), torch.stack(wanted))
