@@ -158,5 +158,5 @@ def _joined(paths: list[str]) -> dict[str, torch.Tensor]:
     parts: dict[str, list[torch.Tensor]] = {}
     keyed = {key: file for file in map(HessianFile, paths) for key in file.names}
     for key in sorted(keyed):  # by rank, then name
-        parts.setdefault(key.partition(" ")[2], []).append(keyed[key].read_all(key))
+        parts.setdefault(key.partition(" ")[2], []).append(keyed[key].read_whole(key))
     return {name: torch.cat(each) for name, each in sorted(parts.items())}
