@@ -57,6 +57,9 @@ class QwantizeSettings(pydantic.BaseModel):
     gptq_order: Literal["natural", "loss"] = pydantic.Field(
         "natural", description="For refine: gptq, which blocks come first: as they lie, or those that lose most."
     )
+    gptq_sweeps: int = pydantic.Field(
+        0, ge=0, description="For refine: gptq, how often codes are refined again, each block given all others."
+    )
     ignore: tuple[str, ...] = pydantic.Field(
         (),
         strict=False,

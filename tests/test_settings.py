@@ -38,6 +38,7 @@ def test_sources_are_merged_key_by_key_strongest_first():
         ({"refine": "code"}, ["refine", "got 'code'", "'none', 'codes' or 'gptq'", "mean 'codes'"]),
         ({"refine": "gptq"}, ["refine 'gptq' needs scale_search: hessian, got 'optimal'"]),
         ({"gptq_damping": 0.0}, ["gptq_damping", "got 0.0", "greater than 0"]),
+        ({"gptq_sweeps": -1}, ["gptq_sweeps", "got -1", "greater than or equal to 0"]),
         ({"gptq_order": "trace"}, ["gptq_order", "got 'trace'", "'natural' or 'loss'"]),
         ({"backend": "cublas"}, ["backend", "got 'cublas'", "'auto'", "'marlin'"]),
         ({"backend": "marlin", "block_size": 32}, ["backend 'marlin' takes blocks of 16, block_size is 32"]),

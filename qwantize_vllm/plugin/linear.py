@@ -170,7 +170,7 @@ class QwantizeLinearMethod(LinearMethodBase):
 
     @property
     def _gptq(self) -> GptqOptions:
-        return GptqOptions(self.settings.gptq_damping, self.settings.gptq_order)
+        return GptqOptions(self.settings.gptq_damping, self.settings.gptq_order, self.settings.gptq_sweeps)
 
     def _hessian_file(self) -> HessianFile:
         return _open_hessians(str(self.settings.hessian), self.settings.block_size)

@@ -28,7 +28,8 @@ def quantize(request):
 def inputs_in_common(k, seed=0):
     """The Hessian (k, k) of inputs that have much in common."""
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(k, k, generator=generator) * torch.logspace(0, -1, k)
+    sizes = torch.logspace(0, -1, k)[torch.randperm(k, generator=generator)]
+    mixing = torch.randn(k, k, generator=generator) * sizes
     x = torch.randn(4 * k, k, generator=generator) @ mixing
     return x.mT @ x
 
@@ -50,6 +51,18 @@ def test_the_output_is_nearer_than_with_blocks_alone(quantize, order, block_size
     alone = quantize_nvfp4(weight, "hessian", block_size, hessian=blocks, refine="codes")
     q = quantize(weight, hessian, block_size, order=order)
     assert output_error(weight, q, hessian) < 0.75 * output_error(weight, alone, hessian)
+
+
+@pytest.mark.parametrize("order", ["natural", "loss"])
+def test_sweeps_bring_it_nearer_still(quantize, order):
+    weight, hessian = make_weight("gaussian", 24, 96), inputs_in_common(96)
+    once, twice, more = (quantize(weight, hessian, order=order, sweeps=sweeps) for sweeps in (0, 1, 3))
+    damped = damp(hessian, 0.01)  # which is what falls
+    errors = [output_error(weight, q, damped) for q in (once, twice, more)]
+    assert errors[1] < 0.999 * errors[0]
+    assert errors[2] <= errors[1] * (1 + 1e-6)
+    scales = [q.block_scales.view(torch.uint8) for q in (once, more)]
+    assert torch.equal(*scales)
 
 
 def test_inputs_that_have_nothing_in_common_leave_nothing_to_repair(quantize):
@@ -132,6 +145,8 @@ def test_wrong_hessians_are_refused(arguments, message):
 def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match="damping must be over 0, got 0"):
         GptqOptions(damping=0)
+    with pytest.raises(ValueError, match="sweeps must be 0 or more, got -1"):
+        GptqOptions(sweeps=-1)
     with pytest.raises(ValueError, match=r"order must be one of .* got 'random'"):
         GptqOptions(order="random")
 
