@@ -54,8 +54,8 @@ class QwantizeSettings(pydantic.BaseModel):
     gptq_damping: float = pydantic.Field(
         0.01, gt=0, description="For refine: gptq, what is added to the Hessian's diagonal, as a part of its mean."
     )
-    gptq_order: Literal["natural", "loss"] = pydantic.Field(
-        "natural", description="For refine: gptq, which blocks come first: as they lie, or those that lose most."
+    gptq_order: Literal["loss", "natural"] = pydantic.Field(
+        "loss", description="For refine: gptq, which blocks come first: those that lose most, or as they lie."
     )
     gptq_sweeps: int = pydantic.Field(
         0, ge=0, description="For refine: gptq, how often codes are refined again, each block given all others."

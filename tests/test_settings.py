@@ -39,7 +39,7 @@ def test_sources_are_merged_key_by_key_strongest_first():
         ({"refine": "gptq"}, ["refine 'gptq' needs scale_search: hessian, got 'optimal'"]),
         ({"gptq_damping": 0.0}, ["gptq_damping", "got 0.0", "greater than 0"]),
         ({"gptq_sweeps": -1}, ["gptq_sweeps", "got -1", "greater than or equal to 0"]),
-        ({"gptq_order": "trace"}, ["gptq_order", "got 'trace'", "'natural' or 'loss'"]),
+        ({"gptq_order": "trace"}, ["gptq_order", "got 'trace'", "'loss' or 'natural'"]),
         ({"backend": "cublas"}, ["backend", "got 'cublas'", "'auto'", "'marlin'"]),
         ({"backend": "marlin", "block_size": 32}, ["backend 'marlin' takes blocks of 16, block_size is 32"]),
         ({"backend": "vllm", "global_scale": "amax_per_member"}, ["'vllm'", "one global scale a layer"]),

@@ -21,7 +21,7 @@ import torch
 from qwantize_vllm.format import dequantize_rows
 from qwantize_vllm.search.searches import Searches
 
-BlockOrder = Literal["natural", "loss"]
+BlockOrder = Literal["loss", "natural"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class GptqOptions:
 
     Attributes:
         damping: added to the diagonal of H, as a part of the diagonal's mean; over 0.
-        order: "natural", or by "loss": first the blocks that lose most where nothing is compensated.
+        order: "loss", first the blocks that lose most where nothing is compensated, which is better; or "natural".
         sweeps: how often the codes of all blocks are refined again, each block given all others.
 
     Raises:
@@ -38,7 +38,7 @@ class GptqOptions:
     """
 
     damping: float = 0.01
-    order: BlockOrder = "natural"
+    order: BlockOrder = "loss"
     sweeps: int = 0
 
     def __post_init__(self) -> None:

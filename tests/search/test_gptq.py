@@ -70,14 +70,14 @@ def test_inputs_that_have_nothing_in_common_leave_nothing_to_repair(quantize):
     hessian = torch.eye(64) * 3
     alone = quantize_nvfp4(weight, "hessian", hessian=diagonal_blocks(hessian, 16))
     assert same(quantize(weight, hessian), alone)
-    assert same(quantize(weight, hessian, order="loss"), alone)
+    assert same(quantize(weight, hessian, order="natural"), alone)
     assert same(quantize(weight, hessian * 0), alone)
 
 
 def test_the_second_of_two_blocks_is_what_the_first_ones_error_makes_of_it(quantize):
     """By the normal equations: given the residuals r of the first, H_22 d = -H_21 r is the best for the second."""
     weight, hessian = make_weight("gaussian", 30, 32), inputs_in_common(32)
-    q = quantize(weight, hessian)
+    q = quantize(weight, hessian, order="natural")
     damped = damp(hessian, 0.01)
     first = (weight - q.dequantize())[:, :16].double()
     wanted = weight[:, 16:] + (first @ damped[:16, 16:] @ torch.linalg.inv(damped[16:, 16:])).float()
@@ -90,8 +90,8 @@ def test_the_second_of_two_blocks_is_what_the_first_ones_error_makes_of_it(quant
 
 def test_rows_do_not_depend_on_each_other(quantize):
     weight, hessian = make_weight("gaussian", 21, 64, torch.bfloat16), inputs_in_common(64)
-    q = quantize(weight, hessian)
-    part = quantize(weight[5:9], hessian, global_scale=q.global_scale)
+    q = quantize(weight, hessian, order="natural")
+    part = quantize(weight[5:9], hessian, global_scale=q.global_scale, order="natural")
     assert (part.codes == q.codes[5:9]).float().mean() > 0.98  # a product of other shapes rounds otherwise
 
 
@@ -102,12 +102,12 @@ def test_a_batch_is_its_matrices_whatever_the_default_dtype(quantize):
     torch.set_default_dtype(torch.bfloat16)
     try:
         assert torch.equal(damp(hessian[0], 0.01), damped)
-        batch, shared = quantize(weight, hessian, order="loss"), quantize(weight, hessian[0])
+        batch, shared = quantize(weight, hessian), quantize(weight, hessian[0], order="natural")
     finally:
         torch.set_default_dtype(torch.float32)
     for i in range(2):
-        assert same(batch[i], quantize(weight[i], hessian[i], order="loss"))
-        assert same(shared[i], quantize(weight[i], hessian[0]))
+        assert same(batch[i], quantize(weight[i], hessian[i]))
+        assert same(shared[i], quantize(weight[i], hessian[0], order="natural"))
     assert quantize(weight[:, :0], hessian).shape == (2, 0, 32)
 
 
