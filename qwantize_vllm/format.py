@@ -62,8 +62,8 @@ def round_to_e2m1(x: torch.Tensor) -> torch.Tensor:
     """
     magnitude = x.abs().float()
     # At a midpoint bucketize(right=False) takes the lower code; where the upper one is even, right=True.
-    below = torch.tensor([0.25, 1.25, 2.5, 5.0], device=x.device)
-    above = torch.tensor([0.75, 1.75, 3.5], device=x.device)
+    below = torch.tensor([0.25, 1.25, 2.5, 5.0], dtype=torch.float32, device=x.device)
+    above = torch.tensor([0.75, 1.75, 3.5], dtype=torch.float32, device=x.device)
     codes = torch.bucketize(magnitude, below, out_int32=True) + torch.bucketize(
         magnitude, above, out_int32=True, right=True
     )

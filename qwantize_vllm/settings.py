@@ -43,7 +43,22 @@ class QwantizeSettings(pydantic.BaseModel):
         "slower; or 1.",
     )
     hessian: Path | None = pydantic.Field(
-        None, strict=False, description="Safetensors file of block Hessians, for scale_search: hessian."
+        None, strict=False, description="Safetensors file of Hessians, for scale_search: hessian."
+    )
+    refine: Literal["none", "codes", "gptq"] = pydantic.Field(
+        "none",
+        description="With scale_search: hessian, what follows the choice of scales: nothing; codes are changed as long "
+        "as the output error of their block falls; or blocks are quantized one after the other, each repairing what "
+        "those before it broke, which is slow and needs the full Hessians of `qwantize calibrate --full`.",
+    )
+    gptq_damping: float = pydantic.Field(
+        0.01, gt=0, description="For refine: gptq, what is added to the Hessian's diagonal, as a part of its mean."
+    )
+    gptq_order: Literal["loss", "natural"] = pydantic.Field(
+        "loss", description="For refine: gptq, which blocks come first: those that lose most, or as they lie."
+    )
+    gptq_sweeps: int = pydantic.Field(
+        0, ge=0, description="For refine: gptq, how often codes are refined again, each block given all others."
     )
     ignore: tuple[str, ...] = pydantic.Field(
         (),
@@ -88,6 +103,8 @@ class QwantizeSettings(pydantic.BaseModel):
             )
         if self.hessian is not None and self.scale_search != "hessian":
             raise ValueError(f"hessian is given but scale_search is {self.scale_search!r}; set scale_search: hessian")
+        if self.refine != "none" and self.scale_search != "hessian":
+            raise ValueError(f"refine {self.refine!r} needs scale_search: hessian, got {self.scale_search!r}")
         if self.hessian is not None and not self.hessian.is_file():
             raise ValueError(f"hessian: there is no file {self.hessian}; give the path of a block-Hessian file")
         return self

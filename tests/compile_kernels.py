@@ -26,6 +26,8 @@ from qwantize_vllm.matmul.triton_fused import _fused_kernel, _reduce_kernel
 from qwantize_vllm.matmul.triton_swizzled import _swizzled_kernel
 from qwantize_vllm.matmul.triton_unswizzle import _unswizzle_kernel
 from qwantize_vllm.matmul.wgmma_shapes import STEPS
+from qwantize_vllm.search.codes import SWEEPS
+from qwantize_vllm.search.triton_codes import _refine_codes_kernel
 from qwantize_vllm.search.triton_hessian import _search_hessian_kernel
 from qwantize_vllm.search.triton_hessian_form import _prepare_hessian_kernel
 from qwantize_vllm.search.triton_sse import _search_sse_kernel
@@ -44,6 +46,9 @@ def variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, A
             yield _search_sse_kernel, weight, {"BLOCK_SIZE": block, **shape, "OPTIMAL": optimal, "WHOLE": whole}
         prepared = {**weight, "form_ptr": "*fp32", "bound_ptr": "*fp32"}
         yield _search_hessian_kernel, prepared, {"BLOCK_SIZE": block, "TILE": 32, "TILES": 4, "SHARED": True}
+        refined = {**weight, "form_ptr": "*fp32"}
+        shape = {"TILE": 32, "TILES": 4, "SWEEPS": SWEEPS}
+        yield _refine_codes_kernel, refined, {"BLOCK_SIZE": block, **shape, "SHARED": True}
         read = {"codes_ptr": "*u8", "scales_ptr": "*u8", "global_scale_ptr": "*fp32"}
         yield _dequantize_kernel, {**read, "out_ptr": dtype}, {"ROWS": 4, "BYTES": 256, "BLOCK_BYTES": block // 2}
     for block in (16, 32):
@@ -79,7 +84,7 @@ def warps(kernel: Any, constants: dict[str, Any]) -> int:
     """A search has one warp a program; most others Triton's default."""
     if kernel is _prepare_hessian_kernel:
         return constants["SIZE"] // 2
-    return 1 if kernel.__name__.startswith("_search") else 4
+    return 1 if kernel.__name__.startswith(("_search", "_refine")) else 4
 
 
 def wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:

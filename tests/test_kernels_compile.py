@@ -15,6 +15,7 @@ KERNELS = {
     "_search_sse_kernel",
     "_prepare_hessian_kernel",
     "_search_hessian_kernel",
+    "_refine_codes_kernel",
     "_dequantize_kernel",
     "_fused_kernel",
     "_reduce_kernel",

@@ -1,4 +1,4 @@
-"""`qwantize calibrate`: measure the block Hessians that `scale_search: hessian` needs."""
+"""`qwantize calibrate`: measure the Hessians that `scale_search: hessian` and `refine: gptq` need."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from qwantize_vllm.cli.setting_names import settings_named
 from qwantize_vllm.hessian import merge_hessians
 
 
@@ -23,17 +24,28 @@ def run_calibration(
     ] = None,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("hessians.safetensors"),
     num_tokens: Annotated[int, typer.Option(min=1, help="Tokens to measure on, at most.")] = 32768,
+    first_token: Annotated[int, typer.Option(min=0, help="Token of the texts at which to begin.")] = 0,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a window; each is read alone.")] = 1024,
     each_line: Annotated[
         bool, typer.Option(help="Read every line of a .jsonl alone, with special tokens, as encoders read sentences.")
     ] = False,
     block_size: Annotated[int, typer.Option(help="16 or 32, that of the settings it is for.")] = 16,
+    full: Annotated[
+        bool, typer.Option("--full", help="All of every Hessian, for refine: gptq; 4*K*K bytes a layer.")
+    ] = False,
+    setting: Annotated[
+        str | None,
+        typer.Option(
+            help="naive, optimal, or a YAML file of settings: quantize the model so before, for the inputs "
+            "that its layers then have."
+        ),
+    ] = None,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="As in vLLM.")] = 1,
     merge: Annotated[
         list[Path] | None, typer.Option(exists=True, dir_okay=False, help="Add up such files instead; repeat it.")
     ] = None,
 ) -> None:
-    """Block Hessians (sums of x x' over each layer's inputs) of a text, by the engine that will serve.
+    """Hessians (sums of x x' over each layer's inputs, by blocks of them) of a text, by the engine that will serve.
 
     Serve with them: --additional-config '{"qwantize": {"scale_search": "hessian", "hessian": "hessians.safetensors"}}'
     """
@@ -51,12 +63,19 @@ def run_calibration(
             raise ValueError(
                 f"--out {out} is in the model's directory, where vLLM would take it for weights; choose another"
             )
+        if full and tensor_parallel_size > 1:
+            raise ValueError(
+                f"--full with --tensor-parallel-size {tensor_parallel_size}: a rank sees only some of the inputs of "
+                "row-parallel layers; measure on one rank"
+            )
+        settings = None if setting is None else settings_named(setting)
         from qwantize_vllm.plugin.calibration import calibrate
         from qwantize_vllm.plugin.corpus import read_windows
 
-        windows = read_windows(model, text, num_tokens, seq_len, each_line=each_line)
-        info, left = calibrate(model, windows, block_size, out, {"tensor_parallel_size": tensor_parallel_size})
-    except ValueError as error:
+        windows = read_windows(model, text, num_tokens, seq_len, first_token, each_line)
+        options = {"tensor_parallel_size": tensor_parallel_size}
+        info, left = calibrate(model, windows, block_size, out, options, full=full, settings=settings)
+    except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     if left:
         console.print(f"without Hessians, K not being a multiple of {block_size}: {', '.join(left)}")

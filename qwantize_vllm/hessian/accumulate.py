@@ -1,4 +1,4 @@
-"""Block Hessians from activations."""
+"""Hessians from activations: the blocks on their diagonals, or all of them."""
 
 from __future__ import annotations
 
@@ -34,6 +34,28 @@ class BlockHessianSum:
         for chunk in activations.reshape(-1, blocks * block_size).split(_CHUNK_TOKENS):
             x = chunk.float().view(-1, blocks, block_size).transpose(0, 1)
             self.total.baddbmm_(x.mT, x)
+            self.tokens += chunk.shape[0]
+
+
+class FullHessianSum:
+    """H = sum over tokens of x x', x a layer's whole input, as activations come in.
+
+    A token costs K*K multiply-adds, K/block_size times what its blocks do, and H takes 4*K*K bytes.
+
+    Attributes:
+        total: float32 (k, k), the sum so far.
+        tokens: how many went into it.
+    """
+
+    def __init__(self, k: int, device: torch.device | str) -> None:
+        self.total = torch.zeros(k, k, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, activations: torch.Tensor) -> None:
+        """activations: (..., k), any float dtype, on the device of the sum."""
+        for chunk in activations.reshape(-1, self.total.shape[0]).split(_CHUNK_TOKENS):
+            x = chunk.float()
+            self.total.addmm_(x.mT, x)
             self.tokens += chunk.shape[0]
 
 

@@ -1,4 +1,8 @@
-"""Block Hessians on disk: a safetensors file, one tensor per layer name, its metadata what they were measured on."""
+"""Hessians on disk: a safetensors file, one tensor per layer name, its metadata what they were measured on.
+
+A layer's tensor holds either the blocks on the diagonal of its Hessian, (K/block_size, block_size, block_size), or all
+of it, (K, K), of which the blocks can be read just as well, of any size.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +31,18 @@ class HessianInfo(pydantic.BaseModel):
     tokens: Annotated[int, pydantic.Field(description="Over which the Hessians are sums.")] = 0
     dtype: Annotated[str, pydantic.Field(description="Of the activations.")] = ""
     package: Annotated[str, pydantic.Field(description="Version of this package.")] = ""
+    full: Annotated[bool, pydantic.Field(description="Whether layers have all of their Hessians.")] = False
+    behind: Annotated[str, pydantic.Field(description="Settings of the quantized model; empty: not quantized.")] = ""
+
+    def shape(self, k: int) -> tuple[int, ...]:
+        """Of the tensor of a layer with k inputs."""
+        return (k, k) if self.full else (k // self.block_size, self.block_size, self.block_size)
 
 
 def save_hessians(
     path: str | Path, hessians: Mapping[str, torch.Tensor], block_size: int, info: HessianInfo | None = None
 ) -> None:
-    """Write one float32 (K/block_size, block_size, block_size) tensor per layer name.
+    """Write one float32 (K/block_size, block_size, block_size) tensor per layer name, or (K, K) where info says full.
 
     The file appears whole or not at all, and has the same bytes for the same input.
 
@@ -43,11 +53,10 @@ def save_hessians(
     if info.block_size != block_size:
         raise ValueError(f"block_size is {block_size}, info says {info.block_size}")
     for name, hessian in hessians.items():
-        if hessian.dtype != torch.float32 or hessian.dim() != 3 or hessian.shape[1:] != (block_size, block_size):
-            raise ValueError(
-                f"Hessian of {name} must be float32 (K/{block_size}, {block_size}, {block_size}), "
-                f"got {hessian.dtype} {tuple(hessian.shape)}"
-            )
+        inputs = hessian.shape[-1] if info.full else hessian.shape[0] * block_size
+        if hessian.dtype != torch.float32 or tuple(hessian.shape) != info.shape(inputs):
+            allowed = "(K, K)" if info.full else f"(K/{block_size}, {block_size}, {block_size})"
+            raise ValueError(f"Hessian of {name} must be float32 {allowed}, got {hessian.dtype} {tuple(hessian.shape)}")
     tensors = {name: hessian.contiguous() for name, hessian in hessians.items()}
     unfinished = Path(f"{path}.{os.getpid()}.unfinished")
     try:
@@ -66,16 +75,16 @@ def merge_hessians(paths: Sequence[str | Path], out: str | Path) -> HessianInfo:
     files = [HessianFile(path) for path in paths]
     first = files[0]
     for file in files[1:]:
-        for key in ("block_size", "fingerprint", "dtype"):
+        for key in ("block_size", "full", "behind", "fingerprint", "dtype"):
             one, other = getattr(first.info, key), getattr(file.info, key)
             if one != other:
                 raise ValueError(f"{first.path} has {key} {one!r}, {file.path} has {other!r}; they do not add up")
         if difference := sorted(first.names ^ file.names):
             raise ValueError(f"{first.path} and {file.path} do not have the same layers: {', '.join(difference[:5])}")
-    hessians = {name: first.read_all(name) for name in sorted(first.names)}
+    hessians = {name: first.read_whole(name) for name in sorted(first.names)}
     for file in files[1:]:
         for name, total in hessians.items():
-            hessian = file.read_all(name)
+            hessian = file.read_whole(name)
             if hessian.shape != total.shape:
                 raise ValueError(
                     f"layer {name!r} is {tuple(total.shape)} in {first.path}, {tuple(hessian.shape)} in {file.path}"
@@ -92,9 +101,10 @@ class HessianFile:
     Attributes:
         info: what it was measured on.
         names: of its layers.
+        block_size: of the blocks that it gives: the one asked for, or else the one that it was measured with.
 
     Raises:
-        ValueError: not a safetensors file, not a Hessian file, or measured with another block size than the one given.
+        ValueError: not a safetensors file, not a Hessian file, or one of blocks of another size than the one given.
         FileNotFoundError: there is no such file.
     """
 
@@ -113,7 +123,8 @@ class HessianFile:
             self.info = HessianInfo.model_validate_json(metadata[_KEY])
         except pydantic.ValidationError as error:
             raise ValueError(f"Hessian file {self.path}: its metadata cannot be read: {error}") from error
-        if block_size not in (None, self.info.block_size):
+        self.block_size = block_size or self.info.block_size
+        if self.block_size != self.info.block_size and not self.info.full:
             raise ValueError(
                 f"Hessian file {self.path} was measured with block_size {self.info.block_size}, "
                 f"the settings ask for {block_size}"
@@ -125,6 +136,14 @@ class HessianFile:
             raise ValueError(
                 f"Hessian file {self.path} was measured on another model: {self.info.model!r} with config "
                 f"{self.info.fingerprint}, this one has {fingerprint}; run `qwantize calibrate` on this model"
+            )
+
+    def check_full(self) -> None:
+        """Raise ValueError where the file has only the blocks on the diagonals."""
+        if not self.info.full:
+            raise ValueError(
+                f"Hessian file {self.path} has the blocks of the Hessians only; refine: gptq needs all of them: "
+                "run `qwantize calibrate --full`"
             )
 
     def has(self, names: Sequence[str]) -> bool:
@@ -140,8 +159,7 @@ class HessianFile:
         name = next((name for name in names if name in self.names), None)
         if name is None:
             raise ValueError(f"Hessian file {self.path} has no layer {' or '.join(map(repr, names))}")
-        with safe_open(self.path, framework="pt") as file:
-            found = file.get_slice(name).get_shape()[0]
+        found = self._blocks(name)
         if found != blocks:
             raise ValueError(
                 f"Hessian file {self.path}: layer {name!r} has {found} blocks, the model's has {blocks}; "
@@ -156,14 +174,37 @@ class HessianFile:
             ValueError: they hold NaN or infinities.
         """
         with safe_open(self.path, framework="pt") as file:
-            hessian: torch.Tensor = file.get_slice(name)[start:stop]
+            tensor, size = file.get_slice(name), self.block_size
+            if self.info.full:
+                parts = [slice(j * size, (j + 1) * size) for j in range(start, stop)]
+                return self._finite(name, torch.stack([tensor[part, part] for part in parts]))
+            return self._finite(name, tensor[start:stop])
+
+    def read_all(self, name: str) -> torch.Tensor:
+        """All blocks of a layer, as `read` gives them."""
+        return self.read(name, 0, self._blocks(name))
+
+    def read_full(self, name: str) -> torch.Tensor:
+        """All of a layer's Hessian: float32 (K, K), on the CPU.
+
+        Raises:
+            ValueError: the file has only the blocks; the Hessian holds NaN or infinities.
+        """
+        self.check_full()
+        return self.read_whole(name)
+
+    def read_whole(self, name: str) -> torch.Tensor:
+        """What the file has of a layer: all blocks, or the full Hessian."""
+        with safe_open(self.path, framework="pt") as file:
+            return self._finite(name, file.get_tensor(name))
+
+    def _blocks(self, name: str) -> int:
+        with safe_open(self.path, framework="pt") as file:
+            rows: int = file.get_slice(name).get_shape()[0]
+        return rows // self.block_size if self.info.full else rows
+
+    def _finite(self, name: str, hessian: torch.Tensor) -> torch.Tensor:
         if not bool(hessian.isfinite().all()):
             count = int((~hessian.isfinite()).sum())
             raise ValueError(f"Hessian file {self.path}: layer {name!r} holds {count} non-finite elements")
         return hessian
-
-    def read_all(self, name: str) -> torch.Tensor:
-        """All blocks of a layer, as `read` gives them."""
-        with safe_open(self.path, framework="pt") as file:
-            blocks = file.get_slice(name).get_shape()[0]
-        return self.read(name, 0, blocks)

@@ -1,4 +1,4 @@
-"""Block Hessians measured by the engine that will serve: every architecture and parallelism that vLLM has.
+"""Hessians measured by the engine that will serve: every architecture and parallelism that vLLM has.
 
 The workers hang a hook on every linear layer; the driver sends the text, one window at a time, so that the batches, and
 with them the sums, are the same in every run.
@@ -6,6 +6,7 @@ with them the sums, are the same in every run.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from vllm.model_executor.layers.linear import LinearBase
 
 from qwantize_vllm import __version__
-from qwantize_vllm.hessian import BlockHessianSum, HessianFile, HessianInfo, save_hessians
+from qwantize_vllm.hessian import BlockHessianSum, FullHessianSum, HessianFile, HessianInfo, save_hessians
 from qwantize_vllm.plugin.engine_process import engine, in_own_process
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 
@@ -29,10 +30,14 @@ class CalibrationWorker:
 
     model_runner: Any
 
-    def qwantize_start(self, block_size: int) -> list[str]:
-        """Hang the hooks; returns the names of linear layers that are left out, K not being a multiple of the block."""
-        self._qwantize_sums: dict[str, tuple[int, BlockHessianSum]] = {}
-        self._qwantize_block_size = block_size
+    def qwantize_start(self, block_size: int, full: bool) -> list[str]:
+        """Hang the hooks; returns the names of linear layers that are left out, K not being a multiple of the block.
+
+        Raises:
+            ValueError: full, and a layer whose inputs are shared out among ranks.
+        """
+        self._qwantize_sums: dict[str, tuple[int, BlockHessianSum | FullHessianSum]] = {}
+        self._qwantize_info = HessianInfo(block_size=block_size, full=full)
         left = []
         for path, layer in self.model_runner.get_model().named_modules():
             if not isinstance(layer, LinearBase):
@@ -42,8 +47,11 @@ class CalibrationWorker:
             if k % block_size:
                 left.append(name)
                 continue
+            if full and k != layer.input_size:
+                raise ValueError(f"{name} has its inputs on several ranks, none of which can measure a full Hessian")
             rank = layer.tp_rank if k != layer.input_size else 0
-            hessian = BlockHessianSum(k, block_size, next(layer.parameters()).device)
+            device = next(layer.parameters()).device
+            hessian = FullHessianSum(k, device) if full else BlockHessianSum(k, block_size, device)
             if k != layer.input_size or layer.tp_rank == 0:  # what every rank sees one of them counts
                 self._qwantize_sums[name] = (rank, hessian)
                 layer.register_forward_pre_hook(_adding_to(hessian))
@@ -55,11 +63,11 @@ class CalibrationWorker:
         names = {f"{rank:05d} {name}": hessian.total.cpu() for name, (rank, hessian) in sums.items()}
         with tempfile.NamedTemporaryFile(dir=directory, suffix=".safetensors", delete=False) as file:
             path = file.name
-        save_hessians(path, names, self._qwantize_block_size)
+        save_hessians(path, names, self._qwantize_info.block_size, self._qwantize_info)
         return path, {name: hessian.tokens for name, (_, hessian) in sums.items()}
 
 
-def _adding_to(hessian: BlockHessianSum) -> Any:
+def _adding_to(hessian: BlockHessianSum | FullHessianSum) -> Any:
     def hook(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         hessian.add(inputs[0])
 
@@ -67,12 +75,20 @@ def _adding_to(hessian: BlockHessianSum) -> Any:
 
 
 def calibrate(
-    model: str, windows: Sequence[Sequence[int]], block_size: int, out: Path, options: dict[str, Any]
+    model: str,
+    windows: Sequence[Sequence[int]],
+    block_size: int,
+    out: Path,
+    options: dict[str, Any],
+    *,
+    full: bool = False,
+    settings: dict[str, Any] | None = None,
 ) -> tuple[HessianInfo, list[str]]:
     """Run the windows (token ids) through the model, in an engine of its own process, and write the Hessians of its
     linear layers' inputs to out.
 
-    options: further arguments of `vllm.LLM`, such as tensor_parallel_size.
+    options: further arguments of `vllm.LLM`, such as tensor_parallel_size. full: all of every Hessian, not its blocks
+    alone. settings: of the plugin, for the inputs that layers have behind quantized ones; None for the model as it is.
 
     Returns:
         What the file says about itself, and the layers that it does not have.
@@ -81,11 +97,17 @@ def calibrate(
         RuntimeError: a layer did not see every token once.
         ValueError: activations were not finite.
     """
-    return in_own_process(_calibrate, model, windows, block_size, out, options)
+    return in_own_process(_calibrate, model, windows, block_size, out, options, full, settings)
 
 
 def _calibrate(
-    model: str, windows: Sequence[Sequence[int]], block_size: int, out: Path, options: dict[str, Any]
+    model: str,
+    windows: Sequence[Sequence[int]],
+    block_size: int,
+    out: Path,
+    options: dict[str, Any],
+    full: bool,
+    settings: dict[str, Any] | None,
 ) -> tuple[HessianInfo, list[str]]:
     from vllm.engine.arg_utils import EngineArgs
 
@@ -97,10 +119,11 @@ def _calibrate(
         "enable_prefix_caching": False,
         "enforce_eager": True,  # hooks run where Python does
         "worker_extension_cls": f"{__name__}.{CalibrationWorker.__name__}",
+        **({} if settings is None else {"quantization": "qwantize", "additional_config": {"qwantize": settings}}),
     }
     tokens = sum(map(len, windows))
     with engine(model=model, **arguments, **options) as llm, tempfile.TemporaryDirectory() as directory:
-        left = llm.collective_rpc("qwantize_start", args=(block_size,))[0]
+        left = llm.collective_rpc("qwantize_start", args=(block_size, full))[0]
         with tqdm(total=tokens, unit="token", unit_scale=True, desc="calibrating", disable=None) as bar:
             for window in windows:
                 _read(llm, list(window), pools)
@@ -116,6 +139,8 @@ def _calibrate(
             tokens=tokens,
             dtype=str(config.dtype).removeprefix("torch."),
             package=__version__,
+            full=full,
+            behind=json.dumps(settings, sort_keys=True) if settings is not None else "",
         )
         save_hessians(out, _joined([path for path, _ in parts]), block_size, info)
     return info, left
@@ -148,5 +173,5 @@ def _joined(paths: list[str]) -> dict[str, torch.Tensor]:
     parts: dict[str, list[torch.Tensor]] = {}
     keyed = {key: file for file in map(HessianFile, paths) for key in file.names}
     for key in sorted(keyed):  # by rank, then name
-        parts.setdefault(key.partition(" ")[2], []).append(keyed[key].read_all(key))
+        parts.setdefault(key.partition(" ")[2], []).append(keyed[key].read_whole(key))
     return {name: torch.cat(each) for name, each in sorted(parts.items())}

@@ -88,6 +88,8 @@ class QwantizeConfig(QuantizationConfig):
             if self._resolved.hessian is not None:
                 file = HessianFile(self._resolved.hessian, self._resolved.block_size)
                 file.check_model(config_fingerprint(get_current_vllm_config().model_config.hf_config))
+                if self._resolved.refine == "gptq":
+                    file.check_full()
             logger.info("qwantize settings: %s; given: %s", self._resolved, given)
             if isinstance(additional, dict):
                 # Part of the key of vLLM's compile cache, which knows none of our sources but this.

@@ -9,29 +9,35 @@ from typing import Any
 
 
 def read_windows(
-    model: str, texts: Sequence[Path], num_tokens: int, seq_len: int, each_line: bool = False
+    model: str,
+    texts: Sequence[Path],
+    num_tokens: int,
+    seq_len: int,
+    first_token: int = 0,
+    each_line: bool = False,
 ) -> list[list[int]]:
     """Consecutive windows of seq_len tokens of every text, until num_tokens are reached; the last one may be shorter.
 
+    first_token: where to begin, the texts taken one after the other.
     each_line: every chat or text of a .jsonl file begins a window of its own, with the special tokens that the
         tokenizer gives to one, which is how an encoder reads sentences. Otherwise they follow each other without.
 
     Raises:
-        ValueError: a line of a .jsonl file is neither a chat nor a text; the texts are empty.
+        ValueError: a line of a .jsonl file is neither a chat nor a text; the texts end before first_token.
     """
     from vllm.tokenizers import get_tokenizer
 
     tokenizer = get_tokenizer(model)
     windows: list[list[int]] = []
-    left = num_tokens
-    for tokens in _pieces(tokenizer, texts, each_line):
-        tokens = tokens[:left]
-        left -= len(tokens)
+    skip, left = first_token, num_tokens
+    for everything in _pieces(tokenizer, texts, each_line):
+        tokens = everything[skip : skip + left]
+        skip, left = max(0, skip - len(everything)), left - len(tokens)
         windows += [tokens[i : i + seq_len] for i in range(0, len(tokens), seq_len)]
         if not left:
             break
     if not windows:
-        raise ValueError(f"there is no token in {', '.join(map(str, texts))}")
+        raise ValueError(f"there is no token in {', '.join(map(str, texts))} from number {first_token} on")
     return windows
 
 

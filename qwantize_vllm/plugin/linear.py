@@ -17,6 +17,7 @@ from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.weights import Form, QuantizedLayer, choose_form
+from qwantize_vllm.search.gptq import GptqOptions
 from qwantize_vllm.search.quality import signal_and_noise
 from qwantize_vllm.search.quantize import describe_nonfinite, matrix_amax, resolve_global_scale, search_nvfp4
 from qwantize_vllm.settings import QwantizeSettings
@@ -37,7 +38,7 @@ class QwantizeLinearMethod(LinearMethodBase):
 
     def __init__(self, settings: QwantizeSettings, name: str, report: LoadReport, members: list[str]) -> None:
         self.settings, self.name, self.report, self.members = settings, name, report, members
-        self.search = settings.scale_search
+        self.search, self.refine = settings.scale_search, settings.refine
         self._hessian_name: str | None = None
         self._form: Form | None = None
 
@@ -55,8 +56,9 @@ class QwantizeLinearMethod(LinearMethodBase):
 
         Raises:
             ValueError: K is not a multiple of the block size and the settings are strict; the Hessian
-                file does not fit the layer.
+                file does not fit the layer; refine is gptq and the layer is on several ranks.
         """
+        self._check_ranks(layer)
         block_size = self.settings.block_size
         layer.logical_widths = output_partition_sizes
         layer.input_size_per_partition = input_size_per_partition
@@ -113,6 +115,13 @@ class QwantizeLinearMethod(LinearMethodBase):
             raise RuntimeError(f"qwantize: {self.name} is called before its weights were loaded")
         return self._form.apply(layer, x, bias)
 
+    def _check_ranks(self, layer: LinearBase) -> None:
+        if self.refine == "gptq" and layer.tp_size > 1:
+            raise ValueError(
+                f"qwantize: {self.name} is on {layer.tp_size} ranks; refine: gptq compensates errors across a whole "
+                "layer, which must be on one: start with --tensor-parallel-size 1, or set refine: codes"
+            )
+
     def _leave(self, layer: LinearBase, reason: str) -> None:
         if self.settings.strict:
             raise ValueError(f"qwantize: {self.name} cannot be quantized: {reason} (strict: true)")
@@ -133,10 +142,14 @@ class QwantizeLinearMethod(LinearMethodBase):
             raise ValueError(f"qwantize: {self.name}: {describe_nonfinite(weight)} (on this rank)")
         scales = resolve_global_scale(amax, "none" if self.settings.global_scale == "none" else "amax")
         hessian = self._hessian(layer, weight)
-        return [
-            search_nvfp4(part, self.search, self.settings.block_size, scale, hessian)
-            for part, scale in zip(parts, scales, strict=True)
-        ]
+        search = functools.partial(search_nvfp4, refine=self.refine, gptq=self._gptq)
+        try:
+            return [
+                search(part, self.search, self.settings.block_size, scale, hessian)
+                for part, scale in zip(parts, scales, strict=True)
+            ]
+        except ValueError as error:  # a Hessian that gptq cannot use
+            raise ValueError(f"qwantize: {self.name}: {error}") from error
 
     def _find_hessian(self, blocks: int) -> None:
         """The name that the file has this layer under; if it has none, and may, the layer is searched without."""
@@ -144,17 +157,23 @@ class QwantizeLinearMethod(LinearMethodBase):
         if file.has(names) or self.settings.strict:
             self._hessian_name = file.find(names, blocks)
         else:
-            self.search = "optimal"
+            self.search, self.refine = "optimal", "none"
             self.report.without_hessian(self.name)
 
     def _hessian(self, layer: LinearBase, weight: torch.Tensor) -> torch.Tensor | None:
-        """This rank's block Hessians, of the layer or of a member that it is fused from."""
+        """This rank's block Hessians, of the layer or of a member that it is fused from; for gptq its whole Hessian."""
         if self._hessian_name is None:
             return None
+        if self.refine == "gptq":
+            return self._hessian_file().read_full(self._hessian_name).to(weight.device)
         blocks = weight.shape[1] // self.settings.block_size
         row_parallel = layer.input_size != layer.input_size_per_partition
         start = layer.tp_rank * blocks if row_parallel else 0
         return self._hessian_file().read(self._hessian_name, start, start + blocks).to(weight.device)
+
+    @property
+    def _gptq(self) -> GptqOptions:
+        return GptqOptions(self.settings.gptq_damping, self.settings.gptq_order, self.settings.gptq_sweeps)
 
     def _hessian_file(self) -> HessianFile:
         return _open_hessians(str(self.settings.hessian), self.settings.block_size)

@@ -76,11 +76,15 @@ class LoadReport:
         before, after = self._bytes_before + left_bytes, self._bytes_after + left_bytes
         return (
             f"qwantize summary: {len(self._quantized)} layers quantized to NVFP4 "
-            f"({self.settings.scale_search}, blocks of {self.settings.block_size}), {left}; "
+            f"({self._how()}, blocks of {self.settings.block_size}), {left}; "
             f"weights {_gib(before)} -> {_gib(after)} GiB "
             f"(quantized layers {_gib(self._bytes_before)} -> {_gib(self._bytes_after)}, "
             f"left {_gib(left_bytes)}); mean signal-to-noise {mean}; {self._seconds:.2f} s"
         )
+
+    def _how(self) -> str:
+        refine = self.settings.refine
+        return self.settings.scale_search if refine == "none" else f"{self.settings.scale_search} + {refine}"
 
     @functools.cached_property
     def _left_layers(self) -> tuple[int, str]:

@@ -7,9 +7,11 @@ from typing import Literal, get_args
 import torch
 
 from qwantize_vllm.format import FLOAT_DTYPES, Nvfp4Tensor, check_block_size, default_global_scale
-from qwantize_vllm.search.reference import search_reference
+from qwantize_vllm.search.gptq import GPTQ_DEFAULTS, GptqOptions, quantize_gptq
+from qwantize_vllm.search.searches import ReferenceSearches, TritonSearches
 
 ScaleSearch = Literal["naive", "optimal", "hessian"]
+Refine = Literal["none", "codes", "gptq"]
 GlobalScale = Literal["amax", "none"]
 SearchBackend = Literal["auto", "reference", "triton"]
 
@@ -21,6 +23,8 @@ def quantize_nvfp4(
     global_scale: GlobalScale | torch.Tensor = "amax",
     hessian: torch.Tensor | None = None,
     *,
+    refine: Refine = "none",
+    gptq: GptqOptions = GPTQ_DEFAULTS,
     backend: SearchBackend = "auto",
 ) -> Nvfp4Tensor:
     """Quantize a weight to NVFP4, choosing each block's scale by the given search.
@@ -37,22 +41,29 @@ def quantize_nvfp4(
         global_scale: "amax" (max|weight|/(6*448), one per matrix), "none" (1), or a float32 tensor of
             positive scales in the batch shape () or (...).
         hessian: for "hessian": float32 (K/block_size, block_size, block_size), shared by the batch,
-            or with the batch shape in front.
+            or with the batch shape in front; with refine "gptq" (K, K) instead.
+        refine: what else is done against the error of the layer's output, with "hessian" only:
+            "none": each code is the one nearest to its weight;
+            "codes": at the scales found, codes are changed as long as r'Hr of their block falls;
+            "gptq": blocks are quantized one after the other, each repairing what those before it broke.
+                Slow: see `search/gptq.py`.
+        gptq: how, for refine "gptq".
         backend: "auto" takes the Triton kernels on a GPU and the PyTorch reference elsewhere.
 
     Returns:
         An Nvfp4Tensor on the weight's device. The error of each chosen scale, evaluated in float64,
         exceeds the least over all codes by at most 1e-5 of it (r'Hr: 1e-4 of it plus 1e-7*tr(H)*|r|^2).
+        "codes" never adds to the r'Hr of a block, evaluated in float64.
 
     Raises:
         ValueError: an argument is not one of the above; the weight holds NaN or infinities.
     """
-    _check(weight, scale_search, block_size, hessian)
+    _check(weight, scale_search, block_size, hessian, refine)
     amax = matrix_amax(weight)
     if not bool(torch.isfinite(amax).all()):
         raise ValueError(describe_nonfinite(weight))
     scale = resolve_global_scale(amax, global_scale)
-    return search_nvfp4(weight, scale_search, block_size, scale, hessian, backend=backend)
+    return search_nvfp4(weight, scale_search, block_size, scale, hessian, refine=refine, gptq=gptq, backend=backend)
 
 
 def search_nvfp4(
@@ -62,19 +73,26 @@ def search_nvfp4(
     global_scale: torch.Tensor,
     hessian: torch.Tensor | None = None,
     *,
+    refine: Refine = "none",
+    gptq: GptqOptions = GPTQ_DEFAULTS,
     backend: SearchBackend = "auto",
 ) -> Nvfp4Tensor:
     """`quantize_nvfp4` without its checks and its pass over the weight, for a caller that has made them.
 
     global_scale: float32 in the batch shape, positive and normal.
     """
-    batch = weight.shape[:-2]
-    matrices = weight.reshape(batch.numel(), *weight.shape[-2:])
+    batch, k = weight.shape[:-2], weight.shape[-1]
+    matrices, scale = weight.reshape(batch.numel(), *weight.shape[-2:]), global_scale.reshape(-1)
     if hessian is not None:
-        hessian = hessian.expand(*batch, *hessian.shape[-3:]).reshape(batch.numel(), *hessian.shape[-3:])
-    search = _search_triton if _use_triton(weight, backend) else _search_reference
-    codes, scales = search(matrices, scale_search, block_size, global_scale.reshape(-1), hessian)
-    k = weight.shape[-1]
+        of_one = hessian.shape[-2 if refine == "gptq" else -3 :]
+        hessian = hessian.expand(*batch, *of_one).reshape(batch.numel(), *of_one)
+    searches = TritonSearches if _use_triton(weight, backend) else ReferenceSearches
+    if refine == "gptq" and hessian is not None:
+        codes, scales = quantize_gptq(matrices, block_size, scale, hessian, searches, gptq)
+    else:
+        codes, scales = searches.search(matrices, scale_search, block_size, scale, hessian)
+        if refine == "codes" and hessian is not None:
+            codes = searches.refine(matrices, codes, scales, block_size, scale, hessian)
     return Nvfp4Tensor(
         codes=codes.view(*weight.shape[:-1], k // 2),
         block_scales=scales.view(torch.float8_e4m3fn).view(*weight.shape[:-1], k // block_size),
@@ -101,7 +119,7 @@ def describe_nonfinite(weight: torch.Tensor) -> str:
     return f"weight {tuple(weight.shape)} holds {nan} NaN and {infinite} infinite elements; all must be finite"
 
 
-def _check(weight: torch.Tensor, scale_search: str, block_size: int, hessian: torch.Tensor | None) -> None:
+def _check(weight: torch.Tensor, scale_search: str, block_size: int, hessian: torch.Tensor | None, refine: str) -> None:
     check_block_size(block_size)
     if scale_search not in get_args(ScaleSearch):
         raise ValueError(f"scale_search must be one of {get_args(ScaleSearch)}, got {scale_search!r}")
@@ -117,12 +135,16 @@ def _check(weight: torch.Tensor, scale_search: str, block_size: int, hessian: to
         raise ValueError(
             f"scale_search 'hessian' needs a hessian and no other takes one; got {scale_search!r}, {given}"
         )
+    if refine not in get_args(Refine) or (refine != "none" and hessian is None):
+        raise ValueError(
+            f"refine must be one of {get_args(Refine)}, and 'none' where scale_search is not 'hessian'; "
+            f"got {refine!r}, {scale_search!r}"
+        )
     if hessian is not None:
-        _check_hessian(hessian, weight, block_size)
+        _check_hessian(hessian, weight, (k, k) if refine == "gptq" else (k // block_size, block_size, block_size))
 
 
-def _check_hessian(hessian: torch.Tensor, weight: torch.Tensor, block_size: int) -> None:
-    shape = (weight.shape[-1] // block_size, block_size, block_size)
+def _check_hessian(hessian: torch.Tensor, weight: torch.Tensor, shape: tuple[int, ...]) -> None:
     allowed = [shape, (*weight.shape[:-2], *shape)]
     if tuple(hessian.shape) not in allowed or hessian.dtype != torch.float32:
         raise ValueError(
@@ -161,38 +183,3 @@ def _use_triton(weight: torch.Tensor, backend: str) -> bool:
     if backend not in get_args(SearchBackend):
         raise ValueError(f"backend must be one of {get_args(SearchBackend)}, got {backend!r}")
     return backend == "triton" or (backend == "auto" and weight.is_cuda)
-
-
-def _search_triton(
-    matrices: torch.Tensor,
-    scale_search: str,
-    block_size: int,
-    global_scale: torch.Tensor,
-    hessian: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # Triton is imported where it is needed: the reference works on machines that have none.
-    if hessian is not None:
-        from qwantize_vllm.search.triton_hessian import search_hessian
-
-        if hessian.stride()[-2:] != (block_size, 1):
-            hessian = hessian.contiguous()
-        return search_hessian(matrices, global_scale, block_size, hessian)
-    from qwantize_vllm.search.triton_sse import search_sse
-
-    return search_sse(matrices, global_scale, block_size, optimal=scale_search == "optimal")
-
-
-def _search_reference(
-    matrices: torch.Tensor,
-    scale_search: str,
-    block_size: int,
-    global_scale: torch.Tensor,
-    hessian: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    e, n, k = matrices.shape
-    codes = torch.empty(e, n, k // 2, dtype=torch.uint8, device=matrices.device)
-    scales = torch.empty(e, n, k // block_size, dtype=torch.uint8, device=matrices.device)
-    for i in range(e):
-        h = None if hessian is None else hessian[i]
-        codes[i], scales[i] = search_reference(matrices[i], scale_search, block_size, global_scale[i], h)
-    return codes, scales

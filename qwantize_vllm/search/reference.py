@@ -97,7 +97,7 @@ class _Errors:
         """
         if y is None:
             y = magnitude * (1.0 / (scale * self.g))
-        nearest = _round_magnitudes(y.clamp_(max=E2M1_MAX)).mul_(scale)
+        nearest = round_magnitudes(y.clamp_(max=E2M1_MAX)).mul_(scale)
         return (magnitude - nearest * self.head).sub_(nearest * self.tail), nearest
 
     def exact_residual(self, magnitude: torch.Tensor, nearest: torch.Tensor) -> torch.Tensor:
@@ -105,7 +105,7 @@ class _Errors:
         return magnitude.double() - nearest.double() * self.g.double()
 
 
-def _round_magnitudes(y: torch.Tensor) -> torch.Tensor:
+def round_magnitudes(y: torch.Tensor) -> torch.Tensor:
     """y in [0, 6] to the nearest E2M1 magnitude, ties to the even code; y is overwritten.
 
     E2M1 steps by p/2 where p is the power of two below y (1 below 2). Adding 1.5 * 2^22 * p leaves

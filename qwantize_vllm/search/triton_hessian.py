@@ -36,7 +36,14 @@ from qwantize_vllm.search.triton_numbers import (
     quotient,
     spread,
 )
-from qwantize_vllm.search.triton_tiles import LaunchShape, launch_shape, load_blocks, store_blocks, to_float32
+from qwantize_vllm.search.triton_tiles import (
+    LaunchShape,
+    columns,
+    launch_shape,
+    load_blocks,
+    store_blocks,
+    to_float32,
+)
 
 # By the major version of the compute capability. A warp holds 32 blocks: it leaves its loops when the last of
 # them does; more tiles share the loading of H. Regenerate with `python scripts/tune_search.py`.
@@ -251,7 +258,7 @@ def _quadratic_float64(residual, form_ptr):
 def _quadratic(residual, form):
     """r'Hr (TILE,), in float32."""
     if residual.shape[1] == 16:
-        r = _columns(residual)
+        r = columns(residual)
         total = r[0] * 0.0
         for i in tl.static_range(16):
             # The coefficient of r_i r_j, j >= i, is number 16*i - i*(i+1)/2 + j.
@@ -262,22 +269,3 @@ def _quadratic(residual, form):
         return total
     else:
         return tl.sum(tl.dot(residual, form, input_precision="ieee") * residual, axis=1)
-
-
-@triton.jit
-def _columns(x):
-    """(TILE, 16) as a tuple of 16 (TILE,); no data moves."""
-    parts = (x,)
-    for level in tl.static_range(3):
-        halves = ()
-        for i in tl.static_range(2**level):
-            halves = halves + tl.split(tl.reshape(parts[i], (x.shape[0], 8 >> level, 2)))
-        parts = halves
-    columns = ()
-    for i in tl.static_range(8):
-        columns = columns + tl.split(parts[i])
-    # Split into evens and odds each time, the columns are in the order of their reversed bits.
-    ordered = ()
-    for i in tl.static_range(16):
-        ordered = ordered + (columns[(i & 1) * 8 + (i & 2) * 2 + (i & 4) // 2 + (i & 8) // 8],)
-    return ordered

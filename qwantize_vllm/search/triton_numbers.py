@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 _2_POW_120 = tl.constexpr(2.0**120)
+_2_POW_126 = tl.constexpr(2.0**126)
 _2_POW_MINUS_126 = tl.constexpr(2.0**-126)
 _SIXTH = tl.constexpr(0x3E2AAAAB)  # the bits of float32 1/6
 
@@ -72,6 +73,20 @@ def e2m1_encode(z, scale):
     y = tl.minimum(refine_quotient(z * inverse, z, scale, inverse), 6.0)
     # 2^-126 turns the eight magnitudes into the float32 (denormals) whose bits from 22 on are their codes.
     return (e2m1_round(y) * _2_POW_MINUS_126).to(tl.int32, bitcast=True) >> 22
+
+
+@triton.jit
+def e2m1_decode(code):
+    """float32 value of the E2M1 code in the lowest four bits of an int32: its fields moved into a float32, and its
+    bias."""
+    return (((code & 7) << 22) | ((code & 8) << 28)).to(tl.float32, bitcast=True) * _2_POW_126
+
+
+@triton.jit
+def e2m1_code(value):
+    """What e2m1_decode undoes: the code (int32) of a float32 that is an E2M1 value."""
+    bits = (value * _2_POW_MINUS_126).to(tl.int32, bitcast=True)
+    return ((bits >> 22) & 7) | ((bits >> 28) & 8)
 
 
 @triton.jit

@@ -81,3 +81,26 @@ def store_blocks(codes_ptr, scales_ptr, block, inside, quants, scale_code):
     offsets = block[:, None] * words + tl.arange(0, words)[None, :]
     tl.store(codes_ptr + offsets, packed, mask=inside[:, None])
     tl.store(scales_ptr + block, scale_code.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def columns(x):
+    """(TILE, 16 or 32) as a tuple of that many (TILE,); no data moves."""
+    size: tl.constexpr = x.shape[1]
+    levels: tl.constexpr = 4 if size == 16 else 5
+    parts = (x,)
+    for level in tl.static_range(levels - 1):
+        halves = ()
+        for i in tl.static_range(2**level):
+            halves = halves + tl.split(tl.reshape(parts[i], (x.shape[0], size >> (level + 1), 2)))
+        parts = halves
+    split = ()
+    for i in tl.static_range(size // 2):
+        split = split + tl.split(parts[i])
+    # Split into evens and odds each time, the columns are in the order of their reversed bits.
+    ordered = ()
+    for i in tl.static_range(size):
+        ordered = ordered + (
+            split[((i & 1) * 16 + (i & 2) * 4 + (i & 4) + (i & 8) // 4 + (i & 16) // 16) >> (5 - levels)],
+        )
+    return ordered

@@ -27,7 +27,7 @@ def without_peers(monkeypatch):
     monkeypatch.setattr(command, "PEERS", [])
 
 
-def neighbouring_scale(weight, scale_search, block_size, global_scale, hessian=None):
+def neighbouring_scale(weight, scale_search, block_size, global_scale, hessian=None, refine="none"):
     """A search whose first block has the scale one code above the best, and the codes that belong to it."""
     q = search_nvfp4(weight, scale_search, block_size, global_scale, hessian)
     scales = q.block_scales.view(torch.uint8).clone()
@@ -77,6 +77,14 @@ def test_options_reach_the_search(bench):
 
 
 @pytest.mark.usefixtures("without_peers")
+def test_refined_codes_are_timed_and_held_against_the_hessian_search(bench):
+    code, output, found = bench("--shape", "8x64", "--search", "hessian", "--search", "hessian+codes")
+    assert code == 0
+    assert "hessian+codes: 32 of 32 blocks no worse than the optimal scale with the nearest codes" in output
+    assert [row["search"] for row in found["searches"]] == ["hessian", "hessian+codes"]
+
+
+@pytest.mark.usefixtures("without_peers")
 @pytest.mark.parametrize("search", ["naive", "optimal", "hessian"])
 def test_a_wrong_scale_ends_with_exit_code_1_and_is_named(bench, tmp_path, monkeypatch, search):
     monkeypatch.setattr(measure, "search_nvfp4", neighbouring_scale)
@@ -118,7 +126,7 @@ def test_sampled_blocks_are_the_weights_and_find_their_global_scale_and_hessian(
     ("arguments", "message"),
     [
         (["--shape", "2560"], "--shape must be NxK or ExNxK (experts) with K a multiple of 16"),
-        (["--search", "best"], "--search must be one of naive, optimal, hessian, got 'best'"),
+        (["--search", "best"], "--search must be one of naive, optimal, hessian, hessian+codes, got 'best'"),
         (["--global-scale", "amax_per_member"], "--global-scale must be one of amax, none"),
         (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16"),
         (["--check-blocks", "0"], "--check-blocks"),

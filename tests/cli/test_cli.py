@@ -49,3 +49,19 @@ def test_calibrate_does_not_write_where_vllm_reads_weights(tmp_path):
     assert result.exit_code == 2
     assert "is in the model's directory" in result.output
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--full", "--tensor-parallel-size", "2"], "--full with --tensor-parallel-size 2"),
+        (["--setting", "missing.yaml"], "missing.yaml does not exist"),
+    ],
+)
+def test_calibrate_refuses_what_it_cannot_do_before_an_engine_starts(tmp_path, arguments, message):
+    text = tmp_path / "text.txt"
+    text.write_text("a")
+    options = ["--text", str(text), "--out", str(tmp_path / "hessians.safetensors")]
+    result = runner.invoke(app, ["calibrate", "model", *options, *arguments], env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert message in result.output

@@ -146,15 +146,16 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def random_hessians(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Block Hessians by the name of vLLM's layer, of random inputs whose elements depend on each other."""
+def random_hessians(checkpoint: Path, full: bool = False) -> dict[str, torch.Tensor]:
+    """Hessians, or their blocks, by the name of vLLM's layer, of random inputs whose elements depend on each other."""
     generator = torch.Generator().manual_seed(1)
     tensors = load_file(checkpoint / "model.safetensors")
     hessians = {}
     for layer, members in linear_layers(tensors).items():
         k = tensors[f"{members[0]}.weight"].shape[1]
         mix = torch.randn(k, k, generator=generator)
-        hessians[layer] = block_hessian(torch.randn(64, k, generator=generator) @ mix)
+        x = torch.randn(64, k, generator=generator) @ mix
+        hessians[layer] = x.T @ x if full else block_hessian(x)
     return hessians
 
 

@@ -46,6 +46,35 @@ def test_the_same_text_gives_the_same_bytes(smollm2, text, hessians, tmp_path):
     assert again.read_bytes() == hessians.read_bytes()
 
 
+def test_full_hessians_have_the_blocks_on_their_diagonals(smollm2, text, hessians, tmp_path):
+    path = tmp_path / "full.safetensors"
+    options = ["--num-tokens", "136", "--first-token", "64", "--seq-len", "64", "--full"]  # all but the first window
+    qwantize("calibrate", smollm2, "--text", text, *options, "--out", path)
+    full, file = HessianFile(path), HessianFile(hessians)
+    assert (full.info.full, full.info.tokens, full.names) == (True, 136, file.names)
+    name = "model.layers.29.mlp.down_proj"
+    whole = full.read_full(name)
+    assert whole.shape == (1536, 1536)
+    assert torch.equal(full.read(name, 3, 4)[0], whole[48:64, 48:64])
+    # The first window has a sum of its own in the other file: what is left of it there is positive semidefinite.
+    rest = file.read_all(name).double() - full.read_all(name).double()
+    scale = file.read_all(name).double().diagonal(dim1=1, dim2=2).amax(dim=1)
+    assert (torch.linalg.eigvalsh(rest)[:, 0] > -1e-5 * scale).all()
+    assert (rest.diagonal(dim1=1, dim2=2).sum(dim=1) > 0).all()
+
+
+@pytest.mark.slow
+def test_hessians_behind_quantized_layers_are_of_other_inputs(smollm2, text, hessians, tmp_path):
+    path = tmp_path / "behind.safetensors"
+    options = ["--num-tokens", "200", "--seq-len", "64", "--setting", "naive"]
+    qwantize("calibrate", smollm2, "--text", text, *options, "--out", path)
+    behind, file = HessianFile(path), HessianFile(hessians)
+    assert behind.info.behind == '{"scale_search": "naive"}'
+    first, last = "model.layers.0.self_attn.qkv_proj", "model.layers.29.mlp.down_proj"
+    assert torch.equal(behind.read_all(first), file.read_all(first))  # nothing quantized is before it
+    assert not torch.allclose(behind.read_all(last), file.read_all(last), rtol=1e-2)
+
+
 def test_a_model_is_served_with_its_hessians(engines, smollm2, hessians):
     settings = {"quant_method": "qwantize", "scale_search": "hessian", "hessian": str(hessians), "strict": True}
     outcome = engines.start(smollm2, hf_overrides={"quantization_config": settings})

@@ -5,7 +5,14 @@ import torch
 from safetensors.torch import save_file
 
 from qwantize_vllm import block_hessian
-from qwantize_vllm.hessian import BlockHessianSum, HessianFile, HessianInfo, merge_hessians, save_hessians
+from qwantize_vllm.hessian import (
+    BlockHessianSum,
+    FullHessianSum,
+    HessianFile,
+    HessianInfo,
+    merge_hessians,
+    save_hessians,
+)
 
 
 @pytest.mark.parametrize("block_size", [16, 32])
@@ -123,3 +130,47 @@ def test_a_sum_is_the_same_in_pieces(tmp_path):
     assert hessian.tokens == 30
     with pytest.raises(ValueError, match="multiple of block_size 16, got 40"):
         BlockHessianSum(40, 16, "cpu")
+
+
+def test_a_full_hessian_has_the_blocks_on_its_diagonal(tmp_path):
+    x = torch.randint(-8, 9, (30, 64)).bfloat16()
+    hessian = FullHessianSum(64, "cpu")
+    for part in x.split(7):
+        hessian.add(part)
+    assert hessian.tokens == 30
+    assert torch.equal(hessian.total, x.float().T @ x.float())
+    path = tmp_path / "full.safetensors"
+    save_hessians(path, {"layer": hessian.total}, 16, HessianInfo(block_size=16, full=True))
+    for block_size in (16, 32):  # whichever it was measured with
+        file = HessianFile(path, block_size)
+        blocks = block_hessian(x, block_size)
+        assert file.find(["layer"], 64 // block_size) == "layer"
+        assert torch.equal(file.read_all("layer"), blocks)
+        assert torch.equal(file.read("layer", 1, 2), blocks[1:2])
+        assert torch.equal(file.read_full("layer"), hessian.total)
+    with pytest.raises(ValueError, match="has 4 blocks, the model's has 5"):
+        HessianFile(path).find(["layer"], 5)
+
+
+def test_full_files_add_up_with_their_like_only(tmp_path):
+    texts = [torch.randint(-8, 9, (n, 32)).float() for n in (5, 7)]
+    info = HessianInfo(block_size=16, full=True, fingerprint="f", tokens=6)
+    for name, text in zip("ab", texts, strict=True):
+        save_hessians(tmp_path / name, {"a": text.T @ text, "b": text.T @ text}, 16, info)
+    assert merge_hessians([tmp_path / "a", tmp_path / "b"], tmp_path / "merged").tokens == 12
+    assert torch.equal(HessianFile(tmp_path / "merged").read_full("a"), sum(text.T @ text for text in texts))
+    blocks = measured(tmp_path / "blocks", texts[0])
+    with pytest.raises(ValueError, match=r"has full True, .* has False"):
+        merge_hessians([tmp_path / "a", blocks], tmp_path / "x")
+
+
+def test_what_is_no_full_hessian_is_refused(tmp_path):
+    blocks = measured(tmp_path / "blocks", torch.randn(5, 32))
+    with pytest.raises(ValueError, match=r"has the blocks of the Hessians only.*calibrate --full"):
+        HessianFile(blocks).read_full("a")
+    with pytest.raises(ValueError, match=r"must be float32 \(K, K\), got torch.float32 \(2, 16, 16\)"):
+        save_hessians(tmp_path / "x", {"a": torch.zeros(2, 16, 16)}, 16, HessianInfo(block_size=16, full=True))
+    path = tmp_path / "nan"
+    save_hessians(path, {"a": torch.full((16, 16), torch.nan)}, 16, HessianInfo(block_size=16, full=True))
+    with pytest.raises(ValueError, match="holds 256 non-finite"):
+        HessianFile(path).read_full("a")

@@ -23,8 +23,8 @@ def letters(monkeypatch):
     monkeypatch.setattr("vllm.tokenizers.get_tokenizer", lambda model: Letters())
 
 
-def read(*paths, num_tokens=100, seq_len=4, each_line=False):
-    windows = corpus.read_windows("model", paths, num_tokens, seq_len, each_line=each_line)
+def read(*paths, num_tokens=100, seq_len=4, first_token=0, each_line=False):
+    windows = corpus.read_windows("model", paths, num_tokens, seq_len, first_token, each_line)
     return ["".join(map(chr, window)) for window in windows]
 
 
@@ -35,6 +35,10 @@ def test_windows_follow_each_other_and_stop_at_the_number_of_tokens(tmp_path):
     assert read(one, two) == ["abcd", "efgh", "ij", "klmn", "o"]
     assert read(one, two, num_tokens=12) == ["abcd", "efgh", "ij", "kl"]
     assert read(one, two, num_tokens=6) == ["abcd", "ef"]
+    assert read(one, two, num_tokens=7, first_token=6) == ["ghij", "klm"]
+    assert read(one, two, num_tokens=3, first_token=11) == ["lmn"]
+    with pytest.raises(ValueError, match=r"no token in .* from number 15 on"):
+        read(one, two, first_token=15)
 
 
 def test_chats_and_texts_of_jsonl(tmp_path):

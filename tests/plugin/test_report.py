@@ -26,6 +26,14 @@ def finish(report, name, snr_db=20.0):
     report.quantized(name, 2**30, 2**28, signal=1.0, noise=10 ** (-snr_db / 10), began=time.perf_counter())
 
 
+def test_the_summary_says_how_codes_were_refined(lines, tmp_path):
+    (tmp_path / "h").touch()
+    report = LoadReport(QwantizeSettings(scale_search="hessian", hessian=tmp_path / "h", refine="codes"))
+    report.expect("a")
+    finish(report, "a")
+    assert "1 layers quantized to NVFP4 (hessian + codes, blocks of 16)" in lines[0][1]
+
+
 def test_one_summary_when_the_last_layer_is_done(lines):
     report = LoadReport(QwantizeSettings())
     embedding = torch.nn.Embedding(2**14, 2**13, dtype=torch.bfloat16)

@@ -61,10 +61,11 @@ class Verdict:
     worst: str | None
 
 
-def judge(sample: Sample, quantized: Nvfp4Tensor) -> Verdict:
+def judge(sample: Sample, quantized: Nvfp4Tensor, nearest: bool = True) -> Verdict:
     """Hold blocks against the promise of "optimal", or with a Hessian in the sample of "hessian".
 
-    quantized: the whole weight. The codes must be the nearest ones at the chosen scales, and the errors the least.
+    quantized: the whole weight. The errors must be the least of all scales, and the codes the nearest ones at the
+    chosen scales (nearest) unless they were refined, which may only lower errors.
     """
     q = sample.of(quantized)
     residual = truth.residuals(sample.weight, q)
@@ -75,7 +76,7 @@ def judge(sample: Sample, quantized: Nvfp4Tensor) -> Verdict:
         error = truth.quadratic(residual, sample.hessian)
         least = truth.least_quadratic(sample.weight, q, sample.hessian)
         allowed = truth.largest_allowed_quadratic(least, residual, sample.hessian)
-    return _verdict(sample, quantized, ~(error <= allowed), error, least, "error")
+    return _verdict(sample, quantized, ~(error <= allowed), error, least, "error", nearest)
 
 
 def judge_naive(sample: Sample, quantized: Nvfp4Tensor) -> Verdict:
@@ -86,11 +87,17 @@ def judge_naive(sample: Sample, quantized: Nvfp4Tensor) -> Verdict:
 
 
 def _verdict(
-    sample: Sample, quantized: Nvfp4Tensor, bad: torch.Tensor, got: torch.Tensor, wanted: torch.Tensor, what: str
+    sample: Sample,
+    quantized: Nvfp4Tensor,
+    bad: torch.Tensor,
+    got: torch.Tensor,
+    wanted: torch.Tensor,
+    what: str,
+    nearest: bool = True,
 ) -> Verdict:
     """got, wanted float64 and bad bool, each (n, 1, 1); what: the quantity that got and wanted are."""
     q = sample.of(quantized)
-    wrong_codes = (unpack_codes(q.codes) != truth.nearest_codes(sample.weight, q)).any(-1, keepdim=True)
+    wrong_codes = (unpack_codes(q.codes) != truth.nearest_codes(sample.weight, q)).any(-1, keepdim=True) & nearest
     bad = (bad | wrong_codes).flatten()
     kept = bad.numel() - int(bad.sum())
     if kept == bad.numel():

@@ -16,7 +16,25 @@ from qwantize_vllm.cli.bench.inputs import random_hessian, random_weight
 from qwantize_vllm.cli.bench.peers import Peer
 from qwantize_vllm.cli.bench.shapes import Layer
 from qwantize_vllm.format import Nvfp4Tensor
-from qwantize_vllm.search.quantize import GlobalScale, ScaleSearch, matrix_amax, resolve_global_scale, search_nvfp4
+from qwantize_vllm.search.quantize import (
+    GlobalScale,
+    Refine,
+    ScaleSearch,
+    matrix_amax,
+    resolve_global_scale,
+    search_nvfp4,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """A scale search, and what follows it: "hessian+codes" as text, where that is not nothing."""
+
+    scales: ScaleSearch
+    refine: Refine = "none"
+
+    def __str__(self) -> str:
+        return self.scales if self.refine == "none" else f"{self.scales}+{self.refine}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +42,7 @@ class Plan:
     """What to measure, and on what."""
 
     layers: list[Layer]
-    searches: list[ScaleSearch]
+    searches: list[Search]
     peers: list[Peer]
     block_size: int
     global_scale: GlobalScale
@@ -85,7 +103,7 @@ def measure(plan: Plan) -> Results:
         weight = random_weight(layer.shape, plan.dtype, plan.device)
         for search in plan.searches:
             hessian = None
-            if search == "hessian":
+            if search.scales == "hessian":
                 hessian = random_hessian(layer.shape[-1], plan.block_size, plan.device)
             results.rows.append(_measure_search(plan, layer, search, weight, hessian, results.copy))
             results.comparisons += _measure_peers(plan, layer, search, weight, hessian)
@@ -93,18 +111,20 @@ def measure(plan: Plan) -> Results:
 
 
 def _measure_search(
-    plan: Plan, layer: Layer, search: ScaleSearch, weight: torch.Tensor, hessian: torch.Tensor | None, copy: float
+    plan: Plan, layer: Layer, search: Search, weight: torch.Tensor, hessian: torch.Tensor | None, copy: float
 ) -> Row:
     whole = functools.partial(_quantize, weight, search, plan.block_size, plan.global_scale, hessian)
     q = whole()
     sample = draw_sample(weight, hessian, plan.block_size, plan.check_blocks)
-    verdict = judge_naive(sample, q) if search == "naive" else judge(sample, q)
-    alone = functools.partial(search_nvfp4, weight, search, plan.block_size, q.global_scale, hessian)
+    nearest = search.refine == "none"
+    verdict = judge_naive(sample, q) if search.scales == "naive" else judge(sample, q, nearest)
+    given = (weight, search.scales, plan.block_size, q.global_scale, hessian)
+    alone = functools.partial(search_nvfp4, *given, refine=search.refine)
     search_seconds, whole_seconds = (median_seconds(call, plan.device) for call in (alone, whole))
     moved = weight.nbytes + q.codes.nbytes + q.block_scales.nbytes
     return Row(
         layer=layer,
-        search=search,
+        search=str(search),
         bytes_moved=moved,
         search_ms=1e3 * search_seconds,
         search_gb_per_s=moved / search_seconds / 1e9,
@@ -117,23 +137,23 @@ def _measure_search(
 
 
 def _measure_peers(
-    plan: Plan, layer: Layer, search: ScaleSearch, weight: torch.Tensor, hessian: torch.Tensor | None
+    plan: Plan, layer: Layer, search: Search, weight: torch.Tensor, hessian: torch.Tensor | None
 ) -> Iterator[Comparison]:
     def ours(rows: torch.Tensor) -> Nvfp4Tensor:
         return _quantize(rows, search, plan.block_size, "none", hessian)
 
     for peer in plan.peers:
-        if search in peer.searches:
-            yield compare(peer, layer, search, weight, hessian, ours, plan.block_size, plan.check_blocks)
+        if str(search) in peer.searches:
+            yield compare(peer, layer, search.scales, weight, hessian, ours, plan.block_size, plan.check_blocks)
 
 
 def _quantize(
     weight: torch.Tensor,
-    search: ScaleSearch,
+    search: Search,
     block_size: int,
     global_scale: GlobalScale,
     hessian: torch.Tensor | None,
 ) -> Nvfp4Tensor:
     """`quantize_nvfp4` without the questions it asks the GPU (is the weight finite?), for which Python has to wait."""
     scale = resolve_global_scale(matrix_amax(weight), global_scale)
-    return search_nvfp4(weight, search, block_size, scale, hessian)
+    return search_nvfp4(weight, search.scales, block_size, scale, hessian, refine=search.refine)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from qwantize_vllm.cli.bench import report
 from qwantize_vllm.cli.bench.machine import device_name
-from qwantize_vllm.cli.bench.measure import Plan, Results, measure
+from qwantize_vllm.cli.bench.measure import Plan, Results, Search, measure
 from qwantize_vllm.cli.bench.options import (
     DEFAULT_OUT,
     BlockSize,
@@ -31,7 +31,8 @@ from qwantize_vllm.cli.bench.shapes import MODELS, SMALL, choose_layers
 from qwantize_vllm.format import FLOAT_DTYPES, check_block_size
 from qwantize_vllm.search.quantize import GlobalScale, ScaleSearch
 
-_SEARCHES: tuple[ScaleSearch, ...] = get_args(ScaleSearch)
+_DEFAULT_SEARCHES = [Search(scales) for scales in get_args(ScaleSearch)]
+_SEARCHES = {str(search): search for search in [*_DEFAULT_SEARCHES, Search("hessian", "codes")]}
 _GLOBAL_SCALES: tuple[GlobalScale, ...] = get_args(GlobalScale)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
@@ -40,7 +41,8 @@ def bench_quantize(
     model: Annotated[list[str] | None, model_option("Layers", "all")] = None,
     shape: Annotated[list[str] | None, shape_option("NxK, or ExNxK (experts)")] = None,
     search: Annotated[
-        list[str] | None, typer.Option(help="naive, optimal or hessian; repeat it. Default: all three.")
+        list[str] | None,
+        typer.Option(help="naive, optimal, hessian or hessian+codes; repeat it. Default: all but the last."),
     ] = None,
     block_size: BlockSize = 16,
     global_scale: Annotated[str, typer.Option(help="amax or none.")] = "amax",
@@ -85,7 +87,8 @@ def _plan(
             models, shapes = (list(MODELS), []) if on.type == "cuda" else ([], [SMALL])
         return Plan(
             layers=choose_layers(models, shapes, block_size),
-            searches=[one_of("--search", search, _SEARCHES) for search in dict.fromkeys(searches)] or list(_SEARCHES),
+            searches=[_SEARCHES[one_of("--search", name, tuple(_SEARCHES))] for name in dict.fromkeys(searches)]
+            or _DEFAULT_SEARCHES,
             peers=[peer for peer in PEERS if peer.importable],
             block_size=block_size,
             global_scale=one_of("--global-scale", global_scale, _GLOBAL_SCALES),

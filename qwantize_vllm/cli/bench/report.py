@@ -88,11 +88,14 @@ def _peers_table(comparisons: list[Comparison]) -> Table:
     return table
 
 
+_PROMISES = {"naive": "at snap(amax/6)", "hessian+codes": "no worse than the optimal scale with the nearest codes"}
+
+
 def _counts(plan: Plan, rows: list[Row]) -> Iterator[str]:
     for search in plan.searches:
-        mine = [row for row in rows if row.search == search]
+        mine = [row for row in rows if row.search == str(search)]
         kept, checked = sum(row.kept for row in mine), sum(row.checked for row in mine)
-        yield f"{search}: {kept} of {checked} blocks {'at snap(amax/6)' if search == 'naive' else 'optimal'}"
+        yield f"{search}: {kept} of {checked} blocks {_PROMISES.get(str(search), 'optimal')}"
 
 
 def _ties(comparisons: list[Comparison]) -> Iterator[str]:
