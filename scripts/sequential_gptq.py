@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import transformers
@@ -28,7 +28,7 @@ import typer
 from tqdm import tqdm
 
 from qwantize_vllm import quantize_nvfp4
-from qwantize_vllm.search.gptq import GptqOptions, damp
+from qwantize_vllm.search.gptq import BlockOrder, GptqOptions, damp
 
 # What shares an input, in the order in which a layer computes.
 STAGES = (
@@ -55,6 +55,7 @@ def main(
     num_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 32768,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window; each is read alone.")] = 1024,
     damping: Annotated[float, typer.Option(help="Added to H's diagonal, as a part of its mean.")] = 0.01,
+    order: Annotated[str, typer.Option(help="Of blocks: natural or loss.")] = "natural",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
@@ -66,12 +67,12 @@ def main(
         model, dtype=torch.bfloat16, attn_implementation="sdpa"
     ).to(device)
     with torch.no_grad():
-        quantize_layers(network.model, windows.to(device), damping)
+        quantize_layers(network.model, windows.to(device), GptqOptions(damping, cast(BlockOrder, order)))
     network.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def quantize_layers(decoder: Any, windows: torch.Tensor, damping: float) -> None:
+def quantize_layers(decoder: Any, windows: torch.Tensor, options: GptqOptions) -> None:
     """Replace the weights of a decoder's layers by what their quantization stands for, one after the other."""
     positions = torch.arange(windows.shape[1], device=windows.device)[None]
     exact = decoder.embed_tokens(windows)
@@ -86,7 +87,7 @@ def quantize_layers(decoder: Any, windows: torch.Tensor, damping: float) -> None
         unquantized = copy.deepcopy(layer)
         for stage in STAGES:
             hessian, cross = moments(run, (unquantized, exact), (layer, behind), stage[0])
-            quantize_stage([layer.get_submodule(name) for name in stage], hessian, cross, damping)
+            quantize_stage([layer.get_submodule(name) for name in stage], hessian, cross, options)
         exact = torch.cat([run(unquantized, states) for states in exact.split(_WINDOWS_AT_ONCE)])
         behind = torch.cat([run(layer, states) for states in behind.split(_WINDOWS_AT_ONCE)])
 
@@ -125,14 +126,12 @@ def inputs(
         handle.remove()
 
 
-def quantize_stage(modules: list[Any], hessian: torch.Tensor, cross: torch.Tensor, damping: float) -> None:
+def quantize_stage(modules: list[Any], hessian: torch.Tensor, cross: torch.Tensor, options: GptqOptions) -> None:
     """Quantize linear modules that share an input, as vLLM does: as one weight with one global scale."""
     weight = torch.cat([module.weight for module in modules])
-    wanted = weight.float() + correction(weight, hessian, cross, damping).float()
+    wanted = weight.float() + correction(weight, hessian, cross, options.damping).float()
     scale = quantize_nvfp4(weight, "naive").global_scale
-    q = quantize_nvfp4(
-        wanted, "hessian", 16, scale, hessian, refine="gptq", gptq=GptqOptions(damping=damping)
-    ).dequantize(torch.bfloat16)
+    q = quantize_nvfp4(wanted, "hessian", 16, scale, hessian, refine="gptq", gptq=options).dequantize(torch.bfloat16)
     for module, part in zip(modules, q.split([module.weight.shape[0] for module in modules]), strict=True):
         module.weight.copy_(part)
 
