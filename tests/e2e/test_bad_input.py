@@ -15,7 +15,10 @@ from .conftest import Engines
 
 pytestmark = pytest.mark.e2e
 
-KEYS = "allowed keys: ['scale_search', 'block_size', 'global_scale', 'hessian', 'ignore', 'strict', 'backend']"
+KEYS = (
+    "allowed keys: ['scale_search', 'block_size', 'global_scale', 'hessian', 'refine', 'gptq_damping', 'gptq_order', "
+    "'gptq_sweeps', 'ignore', 'strict', 'backend']"
+)
 
 
 def overrides(**settings: Any) -> dict[str, Any]:
