@@ -75,6 +75,7 @@ def test_hessians_behind_quantized_layers_are_of_other_inputs(smollm2, text, hes
     assert not torch.allclose(behind.read_all(last), file.read_all(last), rtol=1e-2)
 
 
+@pytest.mark.slow  # 106 M weights searched by r'Hr on a CPU; test_hessian_file.py serves a small model with its file
 def test_a_model_is_served_with_its_hessians(engines, smollm2, hessians):
     settings = {"quant_method": "qwantize", "scale_search": "hessian", "hessian": str(hessians), "strict": True}
     outcome = engines.start(smollm2, hf_overrides={"quantization_config": settings})
