@@ -9,10 +9,9 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qwantize_vllm.matmul.triton_fragments import PLANES_BFLOAT16, PLANES_FLOAT16
+from qwantize_vllm.matmul.triton_fragments import MULTIPLY_FLOAT16, PLANES_BFLOAT16, PLANES_FLOAT16
 
 _MULTIPLY_BFLOAT16 = gl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
-_MULTIPLY_FLOAT16 = gl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 
 
 @gluon.jit
@@ -65,5 +64,5 @@ def _times(values, scales, plane: gl.constexpr, BLOCK_SIZE: gl.constexpr):
     # Two of the same: bfloat16 of exponent e - 9 + 118, float16 of exponent e - 9 + 7.
     pair = byte * 0x00100010 + 0x76007600 if values.dtype == gl.bfloat16 else byte * 0x00800080 + 0x34003400
     values, pair = gl.broadcast(values, gl.expand_dims(pair, 1))
-    MULTIPLY: gl.constexpr = _MULTIPLY_BFLOAT16 if values.dtype == gl.bfloat16 else _MULTIPLY_FLOAT16
+    MULTIPLY: gl.constexpr = _MULTIPLY_BFLOAT16 if values.dtype == gl.bfloat16 else MULTIPLY_FLOAT16
     return gl.inline_asm_elementwise(MULTIPLY, "=r,r,r,r", [values, pair], dtype=values.dtype, is_pure=True, pack=2)

@@ -1,4 +1,4 @@
-"""Dequantize and multiply on Hopper, in Gluon: for 65 tokens and more, where tensor cores are what the product costs.
+"""Dequantize and multiply on Hopper, in Gluon: for so many tokens that tensor cores are what the product costs.
 
 y = x W' is computed as W x', like in triton_swizzled.py, from the same layout. Triton waits for every asynchronous
 product before it decodes the next weights; here both run at once:
@@ -58,7 +58,8 @@ FLAT_LAYOUTS = {
 def why_not_wgmma(x: torch.Tensor, weight: SwizzledNvfp4) -> str | None:
     """Why this kernel cannot multiply x (M, K); None where it can. The TMA moves 16 bytes from 16-byte addresses."""
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        return f"needs rows of x that are contiguous and start at 16 bytes, got strides {tuple(x.stride())}"
+        where = f"strides {tuple(x.stride())}, an address {x.data_ptr() % 16} bytes past a multiple of 16"
+        return f"needs rows of x that are contiguous and start at multiples of 16 bytes, got {where}"
     if weight.shape[0] % 8:
         return f"needs N to be a multiple of 8, got {weight.shape[0]}"
     return None

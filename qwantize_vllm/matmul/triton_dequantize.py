@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from qwantize_vllm.format import Nvfp4Tensor
-from qwantize_vllm.matmul.triton_decode import decode_e2m1, decode_e4m3
+from qwantize_vllm.triton_format import decode_e2m1, decode_e4m3
 
 _ROWS, _BYTES = 4, 256
 

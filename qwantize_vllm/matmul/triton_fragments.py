@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from qwantize_vllm.matmul.swizzle import COLUMNS, ROWS
-from qwantize_vllm.matmul.triton_decode import decode_e2m1
+from qwantize_vllm.triton_format import decode_e2m1
 
 TILE_ROWS, TILE_COLUMNS = tl.constexpr(ROWS), tl.constexpr(COLUMNS)
 _TILE_WORDS = tl.constexpr(ROWS * COLUMNS // 4)
@@ -57,7 +57,7 @@ lop3.b32 $3, s, 0x80008000, a, 0xEA;
 """)
 # A product plus -0: Ampere has no bfloat16 multiplication by itself.
 _MULTIPLY_BFLOAT16 = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")
-_MULTIPLY_FLOAT16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
+MULTIPLY_FLOAT16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def _scaled(values, byte, dtype: tl.constexpr, PTX: tl.constexpr):
         return _times(values, _spread(byte * 0x00100010 + 0x76007600), _MULTIPLY_BFLOAT16)
     else:
         # Two float16 of exponent e - 9 + 7.
-        return _times(values, _spread(byte * 0x00800080 + 0x34003400), _MULTIPLY_FLOAT16)
+        return _times(values, _spread(byte * 0x00800080 + 0x34003400), MULTIPLY_FLOAT16)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.gpu import multiprocessors
-from qwantize_vllm.matmul.triton_decode import decode_e2m1, decode_e4m3
+from qwantize_vllm.triton_format import decode_e2m1, decode_e4m3
 
 _TILE_N, _TILE_K = 64, 256
 _REDUCE_TILE = 1024

@@ -26,8 +26,9 @@ import triton.language as tl
 
 from qwantize_vllm.search.codes import SWEEPS
 from qwantize_vllm.search.reference import normalize_hessian
-from qwantize_vllm.search.triton_numbers import e2m1_code, e2m1_decode, e2m1_round, e4m3_value, power_of_two_below
+from qwantize_vllm.search.triton_numbers import e2m1_code, e2m1_round, power_of_two_below
 from qwantize_vllm.search.triton_tiles import LaunchShape, columns, launch_shape, load_blocks, to_float32
+from qwantize_vllm.triton_format import decode_e2m1, decode_e4m3
 
 # By the major version of the compute capability. A warp ends its sweeps when the last of its blocks is done.
 CODES_SHAPES = {9: LaunchShape(blocks=32, warps=1, tiles=4)}
@@ -120,7 +121,7 @@ def _refine_codes_kernel(
         block = (matrix * rows + row) * blocks_per_row + j
         weights = load_blocks(weight_ptr, row * stride_n, stride_k, inside, BLOCK_SIZE)
         z = _in_order(columns(to_float32(weights) * inverse), BLOCK_SIZE)
-        scale = e4m3_value(tl.load(scales_ptr + block, mask=inside, other=1).to(tl.int32))
+        scale = decode_e4m3(tl.load(scales_ptr + block, mask=inside, other=1).to(tl.int32))
         before = _load_values(codes_ptr, block, inside, BLOCK_SIZE)
         after = _descend(z, before, scale, unit, form_ptr, BLOCK_SIZE, SWEEPS)
         falls = inside & (_difference(z, before, after, scale, unit, form_ptr, BLOCK_SIZE) < 0.0)
@@ -144,7 +145,7 @@ def _load_values(codes_ptr, block, inside, SIZE: tl.constexpr):
     for word in tl.static_range(SIZE // 8):
         codes = tl.load(codes_ptr + block * (SIZE // 8) + word, mask=inside, other=0)
         for nibble in tl.static_range(8):
-            values = values + (e2m1_decode(codes >> (4 * nibble)),)
+            values = values + (decode_e2m1(codes >> (4 * nibble)),)
     return values
 
 

@@ -31,7 +31,6 @@ from qwantize_vllm.search.triton_numbers import (
     e2m1_round,
     e2m1_with_sign,
     e4m3_ceil,
-    e4m3_value,
     power_of_two_below,
     quotient,
     spread,
@@ -44,6 +43,7 @@ from qwantize_vllm.search.triton_tiles import (
     store_blocks,
     to_float32,
 )
+from qwantize_vllm.triton_format import decode_e4m3
 
 # By the major version of the compute capability. A warp holds 32 blocks: it leaves its loops when the last of
 # them does; more tiles share the loading of H. Regenerate with `python scripts/tune_search.py`.
@@ -153,7 +153,7 @@ def _load(weight_ptr, row, rows, stride_n, stride_k, unit, inverse, BLOCK_SIZE: 
 
 @triton.jit
 def _store(codes_ptr, scales_ptr, block, inside, w, z, code):
-    quants = e2m1_with_sign(e2m1_encode(tl.abs(z), spread(e4m3_value(code), z)), w)
+    quants = e2m1_with_sign(e2m1_encode(tl.abs(z), spread(decode_e4m3(code), z)), w)
     store_blocks(codes_ptr, scales_ptr, block, inside, quants, code)
 
 
@@ -173,7 +173,7 @@ def _search(scaled, z, unit, form, bound, SINGULAR: tl.constexpr):
         value, y = _nearest(z, code, CLIPS=False)
         best, best_error = _better(scaled, value, unit, form, going, code, best, best_error, SINGULAR)
         # Where all of the block rounds to zero, larger scales change nothing.
-        going = going & (amax > 0.25 * e4m3_value(code)) & (code < 126)
+        going = going & (amax > 0.25 * decode_e4m3(code)) & (code < 126)
         if not SINGULAR:
             residual = tl.fma(value, tl.full(z.shape, 0.0, tl.float32) - unit, scaled)
             near_zero = tl.where(tl.abs(y) < 0.5, residual, 0.0)
@@ -196,7 +196,7 @@ def _search(scaled, z, unit, form, bound, SINGULAR: tl.constexpr):
 @triton.jit
 def _may_win_below(scaled, unit, code, bound, best_error):
     """Whether the code below a code can still win: the bound by its clipping is less than the best error."""
-    limit = 6.0 * e4m3_value(tl.maximum(code - 1, 1)) * unit
+    limit = 6.0 * decode_e4m3(tl.maximum(code - 1, 1)) * unit
     excess = tl.maximum(tl.abs(scaled) - spread(limit, scaled), 0.0)
     return tl.sum(bound * excess * excess, axis=1) < best_error
 
@@ -217,7 +217,7 @@ def _nearest(z, code, CLIPS: tl.constexpr):
 
     The inverse of the scale has two parts, so z/scale is a midpoint of E2M1 only if z is the midpoint * scale.
     """
-    scale = e4m3_value(code)
+    scale = decode_e4m3(code)
     inverse = 1.0 / scale
     rest = tl.fma(inverse, -scale, tl.full(scale.shape, 1.0, tl.float32)) * inverse
     y = tl.fma(z, spread(inverse, z), z * spread(rest, z))

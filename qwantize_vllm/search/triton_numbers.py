@@ -9,16 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_2_POW_120 = tl.constexpr(2.0**120)
-_2_POW_126 = tl.constexpr(2.0**126)
 _2_POW_MINUS_126 = tl.constexpr(2.0**-126)
 _SIXTH = tl.constexpr(0x3E2AAAAB)  # the bits of float32 1/6
-
-
-@triton.jit
-def e4m3_value(code):
-    """float32 value of a non-negative E4M3 code (int32, 0..126): its fields moved into a float32, and its bias."""
-    return (code << 20).to(tl.float32, bitcast=True) * _2_POW_120
 
 
 @triton.jit
@@ -76,15 +68,8 @@ def e2m1_encode(z, scale):
 
 
 @triton.jit
-def e2m1_decode(code):
-    """float32 value of the E2M1 code in the lowest four bits of an int32: its fields moved into a float32, and its
-    bias."""
-    return (((code & 7) << 22) | ((code & 8) << 28)).to(tl.float32, bitcast=True) * _2_POW_126
-
-
-@triton.jit
 def e2m1_code(value):
-    """What e2m1_decode undoes: the code (int32) of a float32 that is an E2M1 value."""
+    """What decode_e2m1 undoes: the code (int32) of a float32 that is an E2M1 value."""
     bits = (value * _2_POW_MINUS_126).to(tl.int32, bitcast=True)
     return ((bits >> 22) & 7) | ((bits >> 28) & 8)
 

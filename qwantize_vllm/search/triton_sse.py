@@ -32,12 +32,12 @@ from qwantize_vllm.search.triton_numbers import (
     e2m1_with_sign,
     e4m3_ceil,
     e4m3_snap,
-    e4m3_value,
     power_of_two_below,
     quotient,
     spread,
 )
 from qwantize_vllm.search.triton_tiles import LaunchShape, launch_shape, load_blocks, store_blocks, to_float32
+from qwantize_vllm.triton_format import decode_e4m3
 
 # By the major version of the compute capability. A warp holds 32 blocks: it leaves its loops when the last of
 # them does. Regenerate with `python scripts/tune_search.py`.
@@ -133,7 +133,7 @@ def _search_sse_kernel(
             code = _search(magnitude, unit, unit_inverse)
         else:
             code = e4m3_snap(divide_by_six(quotient(tl.max(magnitude, axis=1), unit, unit_inverse) * _2_POW_30))
-        quants = _encode(w, magnitude, unit, unit_inverse, e4m3_value(code))
+        quants = _encode(w, magnitude, unit, unit_inverse, decode_e4m3(code))
         store_blocks(codes_ptr, scales_ptr, matrix * blocks + block, block < blocks, quants, code)
         weights, block = following, after
 
@@ -210,7 +210,7 @@ def _error(magnitude, unit, code, CLIPS: tl.constexpr):
 
     1/(scale*unit) may be off in its last places: a magnitude so near a midpoint is as good on either side.
     """
-    scale = e4m3_value(code)
+    scale = decode_e4m3(code)
     y = _small_quotient(magnitude, unit, scale)
     if CLIPS:
         y = tl.minimum(y, _SIX_SMALL)
@@ -222,5 +222,5 @@ def _error(magnitude, unit, code, CLIPS: tl.constexpr):
 @triton.jit
 def _clipped(amax, unit, code):
     """Squared clipping error of the largest element at a scale code."""
-    excess = tl.maximum(amax - e4m3_value(code) * unit * 6.0 * _2_POW_MINUS_30, 0.0)
+    excess = tl.maximum(amax - decode_e4m3(code) * unit * 6.0 * _2_POW_MINUS_30, 0.0)
     return excess * excess

@@ -12,6 +12,7 @@ from qwantize_vllm.format import e2m1_values, e4m3_values, round_to_e2m1  # noqa
 from qwantize_vllm.search import triton_numbers as numbers  # noqa: E402
 from qwantize_vllm.search.quantize import matrix_amax  # noqa: E402
 from qwantize_vllm.search.triton_amax import matrix_amax_triton  # noqa: E402
+from qwantize_vllm.triton_format import decode_e4m3  # noqa: E402
 
 
 @triton.jit
@@ -20,7 +21,7 @@ def _apply(x_ptr, y_ptr, out_ptr, n, NAME: tl.constexpr, TILE: tl.constexpr):
     x = tl.load(x_ptr + at, mask=at < n, other=1.0)
     y = tl.load(y_ptr + at, mask=at < n, other=1.0)
     if NAME == "value":
-        out = numbers.e4m3_value(x.to(tl.int32))
+        out = decode_e4m3(x.to(tl.int32))
     elif NAME == "snap":
         out = numbers.e4m3_snap(x).to(tl.float32)
     elif NAME == "ceil":

@@ -1,4 +1,4 @@
-"""Decoding of E2M1 codes and E4M3 scales to float32 inside Triton kernels, by bit position alone.
+"""NVFP4 inside Triton kernels: E2M1 and E4M3 codes to float32, by bit position alone.
 
 A small float's exponent and mantissa bits, moved to the same place of a float32, are its value
 times a power of two, subnormals included: E2M1 (bias 1) times 2^-126, E4M3 (bias 7) times 2^-120.
@@ -18,7 +18,7 @@ def decode_e2m1(code):
 
 
 @triton.jit
-def decode_e4m3(byte):
-    """float32 value of a positive E4M3 byte (uint8)."""
-    bits = byte.to(tl.int32) << 20
+def decode_e4m3(code):
+    """float32 value of a non-negative E4M3 code (uint8 or int32, 0..126)."""
+    bits = code.to(tl.int32) << 20
     return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
