@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from qwantize_vllm.hessian.triton_accumulate import _add_blocks_kernel
 from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, ELSEWHERE, RULES, TileShape
 from qwantize_vllm.matmul.triton_dequantize import _dequantize_kernel
 from qwantize_vllm.matmul.triton_fused import _fused_kernel, _reduce_kernel
@@ -49,6 +50,8 @@ def variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, A
         refined = {**weight, "form_ptr": "*fp32"}
         shape = {"TILE": 32, "TILES": 4, "SWEEPS": SWEEPS}
         yield _refine_codes_kernel, refined, {"BLOCK_SIZE": block, **shape, "SHARED": True}
+        sums = {"TOKENS": 64, "STAGES": 4, "FLOAT32": dtype == "*fp32"}
+        yield _add_blocks_kernel, {"x_ptr": dtype, "total_ptr": "*fp32"}, {"SIZE": block, **sums}
         read = {"codes_ptr": "*u8", "scales_ptr": "*u8", "global_scale_ptr": "*fp32"}
         yield _dequantize_kernel, {**read, "out_ptr": dtype}, {"ROWS": 4, "BYTES": 256, "BLOCK_BYTES": block // 2}
     for block in (16, 32):
@@ -81,10 +84,10 @@ def variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, A
 
 
 def warps(kernel: Any, constants: dict[str, Any]) -> int:
-    """A search has one warp a program; most others Triton's default."""
+    """What has a block a lane or a warp has one warp a program; most others Triton's default."""
     if kernel is _prepare_hessian_kernel:
         return constants["SIZE"] // 2
-    return 1 if kernel.__name__.startswith(("_search", "_refine")) else 4
+    return 1 if kernel.__name__.startswith(("_search", "_refine", "_add")) else 4
 
 
 def wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:

@@ -31,10 +31,16 @@ class BlockHessianSum:
     def add(self, activations: torch.Tensor) -> None:
         """activations: (..., k), any float dtype, on the device of the sum."""
         blocks, block_size, _ = self.total.shape
-        for chunk in activations.reshape(-1, blocks * block_size).split(_CHUNK_TOKENS):
+        activations = activations.reshape(-1, blocks * block_size)
+        self.tokens += activations.shape[0]
+        if activations.is_cuda:
+            from qwantize_vllm.hessian.triton_accumulate import add_blocks
+
+            add_blocks(self.total, activations)
+            return
+        for chunk in activations.split(_CHUNK_TOKENS):
             x = chunk.float().view(-1, blocks, block_size).transpose(0, 1)
             self.total.baddbmm_(x.mT, x)
-            self.tokens += chunk.shape[0]
 
 
 class FullHessianSum:

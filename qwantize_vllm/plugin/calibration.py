@@ -1,14 +1,15 @@
 """Hessians measured by the engine that will serve: every architecture and parallelism that vLLM has.
 
-The workers hang a hook on every linear layer; the driver sends the text, one window at a time, so that the batches, and
-with them the sums, are the same in every run.
+The workers hang a hook on every linear layer; the driver sends the text, so many windows at once, to an engine core in
+its own process: one that runs beside it would start on the first ones, and the batches, and with them the last bits of
+the sums, would differ from run to run.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from qwantize_vllm import __version__
 from qwantize_vllm.hessian import BlockHessianSum, FullHessianSum, HessianFile, HessianInfo, save_hessians
-from qwantize_vllm.plugin.engine_process import engine, in_own_process
+from qwantize_vllm.plugin.engine_process import engine, in_own_process, keep_core_here
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 
 # What a model that does not generate can be asked for; all of them run the same layers.
 _POOLING_TASKS = ("embed", "classify", "token_embed", "token_classify")
+# Of all windows of a batch: so many that a small model's layers take longer than it takes to launch them.
+_TOKENS_AT_ONCE = 16384
 
 
 class CalibrationWorker:
@@ -113,21 +116,15 @@ def _calibrate(
 
     pools = EngineArgs(model=model).create_model_config().runner_type == "pooling"
     longest = max(map(len, windows)) + (0 if pools else 1)  # the token that a model must generate
-    arguments = {
-        "max_model_len": longest,
-        "max_num_batched_tokens": longest,
-        "enable_prefix_caching": False,
-        "enforce_eager": True,  # hooks run where Python does
-        "worker_extension_cls": f"{__name__}.{CalibrationWorker.__name__}",
-        **({} if settings is None else {"quantization": "qwantize", "additional_config": {"qwantize": settings}}),
-    }
+    arguments = engine_arguments(longest)
+    if settings is not None:
+        arguments |= {"quantization": "qwantize", "additional_config": {"qwantize": settings}}
     tokens = sum(map(len, windows))
+    keep_core_here()
     with engine(model=model, **arguments, **options) as llm, tempfile.TemporaryDirectory() as directory:
         left = llm.collective_rpc("qwantize_start", args=(block_size, full))[0]
         with tqdm(total=tokens, unit="token", unit_scale=True, desc="calibrating", disable=None) as bar:
-            for window in windows:
-                _read(llm, list(window), pools)
-                bar.update(len(window))
+            read_windows_through(llm, windows, bar.update, pools)
         parts = llm.collective_rpc("qwantize_finish", args=(directory,))
         for _, seen in parts:
             _check_tokens(seen, tokens)
@@ -146,16 +143,39 @@ def _calibrate(
     return info, left
 
 
-def _read(llm: Any, window: list[int], pools: bool) -> None:
-    """Run a window through the model: to the first token of a completion, or to what an encoder makes of it."""
+def engine_arguments(longest: int) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for calibrating on windows of at most so many tokens, the generated one included."""
+    return {
+        "max_model_len": longest,
+        "max_num_batched_tokens": longest * _windows_at_once(longest),
+        "enable_prefix_caching": False,
+        "enforce_eager": True,  # hooks run where Python does
+        "worker_extension_cls": f"{__name__}.{CalibrationWorker.__name__}",
+    }
+
+
+def read_windows_through(
+    llm: Any, windows: Sequence[Sequence[int]], tell: Callable[[int], Any], pools: bool = False
+) -> None:
+    """Run windows (token ids) through the model: to the first token of a completion, or, if it `pools`, to what an
+    encoder makes of them. tell is called with the tokens of each batch."""
     from vllm import SamplingParams
 
-    prompt = {"prompt_token_ids": window}
-    if pools:
-        task = next(task for task in _POOLING_TASKS if task in llm.supported_tasks)
-        llm.encode([prompt], pooling_task=task, use_tqdm=False)
-    else:
-        llm.generate([prompt], SamplingParams(max_tokens=1, temperature=0, detokenize=False), use_tqdm=False)
+    first_token = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+    task = next((task for task in _POOLING_TASKS if task in llm.supported_tasks), None)
+    at_once = _windows_at_once(llm.llm_engine.model_config.max_model_len)
+    for first in range(0, len(windows), at_once):
+        batch = windows[first : first + at_once]
+        prompts = [{"prompt_token_ids": list(window)} for window in batch]
+        if pools:
+            llm.encode(prompts, pooling_task=task, use_tqdm=False)
+        else:
+            llm.generate(prompts, first_token, use_tqdm=False)
+        tell(sum(map(len, batch)))
+
+
+def _windows_at_once(longest: int) -> int:
+    return max(1, _TOKENS_AT_ONCE // longest)
 
 
 def _check_tokens(seen: dict[str, int], tokens: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,6 +17,11 @@ def in_own_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) 
     """function(*args, **kwargs) in a fresh process; what it raises is raised here."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args, **kwargs).result()
+
+
+def keep_core_here() -> None:
+    """Engines that are made from now on have their core in this process, where it has all of a batch before it starts."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 @contextlib.contextmanager
