@@ -116,7 +116,7 @@ def run_swizzled(
         return matmul_swizzled(x, weight, bias, ANY_TOKENS, split=False)
     major, (groups, tiles) = capability_major(x.device), weight.words.shape[:2]
     shape = choose_shape(major, x.shape[0], groups, tiles, wgmma=x.is_cuda)
-    if shape is Wgmma.KERNEL and (reason := _why_not_wgmma(x, weight)):
+    if shape is Wgmma.KERNEL and (reason := why_not_wgmma(x, weight)):
         _tell_once(f"the kernel of gluon_wgmma {reason}; slower ones take its place")
         shape = choose_shape(major, x.shape[0], groups, tiles, wgmma=False)
     if backend == "unswizzled" or (backend == "auto" and shape is None):
@@ -128,12 +128,13 @@ def run_swizzled(
     return matmul_swizzled(x, weight, bias, shape or ANY_TOKENS)
 
 
-def _why_not_wgmma(x: torch.Tensor, weight: SwizzledNvfp4) -> str | None:
+def why_not_wgmma(x: torch.Tensor, weight: SwizzledNvfp4) -> str | None:
+    """Why the kernel for wgmma cannot multiply x (M, K) here; None where it can."""
     if reason := _why_no_gluon():
         return reason
-    from qwantize_vllm.matmul.gluon_wgmma import why_not_wgmma
+    from qwantize_vllm.matmul import gluon_wgmma
 
-    return why_not_wgmma(x, weight)
+    return gluon_wgmma.why_not_wgmma(x, weight)
 
 
 @functools.cache

@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qwantize_vllm.matmul.gluon_fragments import decode_tile, load_scales
-from qwantize_vllm.matmul.gpu import multiprocessors
+from qwantize_vllm.matmul.gpu import Launch, launch_now, multiprocessors
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
 from qwantize_vllm.matmul.wgmma_shapes import WgmmaShape, choose_wgmma_shape, rounds
 
@@ -66,11 +66,16 @@ def why_not_wgmma(x: torch.Tensor, weight: SwizzledNvfp4) -> str | None:
 
 
 def matmul_wgmma(
-    x: torch.Tensor, weight: SwizzledNvfp4, bias: torch.Tensor | None, shape: WgmmaShape | None = None
+    x: torch.Tensor,
+    weight: SwizzledNvfp4,
+    bias: torch.Tensor | None,
+    shape: WgmmaShape | None = None,
+    launch: Launch = launch_now,
 ) -> torch.Tensor:
     """x (M, K) bfloat16 or float16, as `why_not_wgmma` asks -> (M, N) in x's dtype.
 
     bias: (N,), any float dtype, or None. shape: default the one that wgmma_shapes.py chooses.
+    launch: what else to do with the kernel than to run it (compile_ahead.py).
 
     Not for two streams at once with one weight: they would share `weight.arrived`.
     """
@@ -88,7 +93,9 @@ def matmul_wgmma(
     )
     works = whole + last * splits
     scale_words = 64 * _CHUNK.value
-    _wgmma_kernel[(min(works, programs),)](
+    launch(
+        _wgmma_kernel,
+        (min(works, programs),),
         TensorDescriptor(x, [m, weight.shape[1]], [x.stride(0), 1], [shape.tokens, 64], X_LAYOUT),
         _rows(weight.words, 256, 4 * _CHUNK.value),
         _rows(weight.scales, scale_words, 1),

@@ -79,3 +79,10 @@ def choose_shape(
         if fits and (wgmma or isinstance(rule.shape, TileShape)):
             return rule.shape
     return None
+
+
+def shapes_for(major: int | None, groups: int, tiles: int) -> list[TileShape | Wgmma]:
+    """What `choose_shape` answers for a weight of so many groups and tiles, over all numbers of tokens."""
+    tokens = (rule.tokens for rule in (ELSEWHERE if major is None else RULES.get(major, ELSEWHERE)))
+    shapes = (choose_shape(major, limit, groups, tiles, wgmma=True) for limit in tokens)
+    return list(dict.fromkeys(shape for shape in shapes if shape is not None))

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwantize_vllm.matmul.gpu import multiprocessors
+from qwantize_vllm.matmul.gpu import Launch, launch_now, multiprocessors
 from qwantize_vllm.matmul.swizzle import ARRIVALS, COLUMNS, ROWS, SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import TileShape
 from qwantize_vllm.matmul.triton_fragments import (
@@ -35,12 +35,19 @@ _SHORTEST, _LONGEST = 16, 64
 
 
 def matmul_swizzled(
-    x: torch.Tensor, weight: SwizzledNvfp4, bias: torch.Tensor | None, shape: TileShape, *, split: bool = True
+    x: torch.Tensor,
+    weight: SwizzledNvfp4,
+    bias: torch.Tensor | None,
+    shape: TileShape,
+    *,
+    split: bool = True,
+    launch: Launch = launch_now,
 ) -> torch.Tensor:
     """x (M, K) bfloat16 or float16 -> (M, N) in x's dtype.
 
     bias: (N,), any float dtype, or None. shape: see tile_shapes.py.
     split: whether K may be cut into slices. How many depends on M, and the last bits with it.
+    launch: what else to do with the kernel than to run it (compile_ahead.py).
 
     Not for two streams at once with one weight: they would share `weight.arrived`.
     """
@@ -53,7 +60,9 @@ def matmul_swizzled(
     splits = _splits(x.device, shape.tokens, token_tiles * row_tiles, tiles) if split else 1
     size = token_tiles * row_tiles * shape.tokens * shape.groups * ROWS
     partial = torch.empty(splits * size if splits > 1 else 0, dtype=torch.float32, device=x.device)
-    _swizzled_kernel[(token_tiles, row_tiles, splits)](
+    launch(
+        _swizzled_kernel,
+        (token_tiles, row_tiles, splits),
         x,
         weight.words,
         weight.scales,

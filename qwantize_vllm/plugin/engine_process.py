@@ -20,7 +20,7 @@ def in_own_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) 
 
 
 def keep_core_here() -> None:
-    """Engines that are made from now on have their core in this process, where it has all of a batch before it starts."""
+    """Engines made from now on have their core in this process, where it has all of a batch before it starts."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.utils import replace_parameter
 
 from qwantize_vllm.format import Nvfp4Tensor
+from qwantize_vllm.matmul.compile_ahead import compile_ahead
 from qwantize_vllm.matmul.op import matmul_op, matmul_swizzled_op
 from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.plugin.vllm_kernels import KERNELS, describe, make_kernel
@@ -121,6 +122,10 @@ class SwizzledForm:
         if len(quantized.widths) > 1:
             widths = torch.tensor(quantized.widths, device=scale.device)
             scale = quantized.global_scales.repeat_interleave(widths)
+        if not envs.VLLM_BATCH_INVARIANT:
+            compile_ahead(
+                dataclasses.replace(weight, global_scale=scale), quantized.dtype, getattr(layer, "bias", None)
+            )
         return _replace(layer, weight.words, weight.scales, scale)
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

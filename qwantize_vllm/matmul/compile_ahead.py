@@ -1,0 +1,81 @@
+"""Kernels compiled in threads while a checkpoint loads.
+
+Triton compiles a kernel where it is first launched, one after the other: for a server that is while it captures its
+CUDA graphs, some 20 s on an H200's host. What a weight will need is known as soon as its form is; compiling needs no
+launch, and gives up Python's lock for most of its time.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from qwantize_vllm.matmul.backends import why_not_wgmma
+from qwantize_vllm.matmul.gpu import capability_major
+from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
+from qwantize_vllm.matmul.tile_shapes import TileShape, Wgmma, shapes_for
+from qwantize_vllm.matmul.wgmma_shapes import STEPS
+
+_MOST_THREADS = 8
+
+
+def compile_ahead(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None) -> None:
+    """Start to compile what multiplies x, of any number of tokens, by this weight on a GPU; returns at once.
+
+    dtype: of x, bfloat16 or float16. bias: as the products will have it. What fails to compile here says so where it is
+    launched.
+    """
+    if weight.device.type != "cuda":
+        return
+    groups, tiles = weight.words.shape[:2]
+    for shape in shapes_for(capability_major(weight.device), groups, tiles):
+        _compile_shape(weight, dtype, bias, shape)
+
+
+def _compile_shape(
+    weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, shape: TileShape | Wgmma
+) -> None:
+    n, k = weight.shape
+    # What the kernels are compiled for: Triton asks whether a size is a multiple of 16.
+    sizes = (n % 16 == 0, k % 256, weight.block_size, weight.global_scale.dim())
+    if not _is_new(weight.device, dtype, None if bias is None else bias.dtype, shape, *sizes):
+        return
+    launch = functools.partial(_compile, weight.device)
+    if isinstance(shape, TileShape):
+        from qwantize_vllm.matmul.triton_swizzled import matmul_swizzled
+
+        matmul_swizzled(_empty(shape.tokens, k, weight, dtype), weight, bias, shape, launch=launch)
+    elif why_not_wgmma(x := _empty(1, k, weight, dtype), weight) is None:
+        from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
+
+        for wgmma_shape in STEPS:
+            matmul_wgmma(x, weight, bias, wgmma_shape, launch=launch)
+
+
+def _empty(tokens: int, k: int, weight: SwizzledNvfp4, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(tokens, k, dtype=dtype, device=weight.device)
+
+
+def _compile(device: torch.device, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    _threads(device).submit(kernel.warmup, *arguments, grid=grid, **constants)
+
+
+@functools.cache
+def _threads(device: torch.device) -> ThreadPoolExecutor:
+    """Threads whose current device it is, which Triton compiles for."""
+    count = min(_MOST_THREADS, os.cpu_count() or 1)
+    return ThreadPoolExecutor(count, initializer=torch.cuda.set_device, initargs=(device,))
+
+
+_seen: set[tuple[Any, ...]] = set()
+
+
+def _is_new(*key: Any) -> bool:
+    if key in _seen:
+        return False
+    _seen.add(key)
+    return True

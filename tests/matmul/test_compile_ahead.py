@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+
+from qwantize_vllm.matmul import compile_ahead as ahead
+from qwantize_vllm.matmul.backends import run_swizzled
+from qwantize_vllm.matmul.swizzle import swizzle
+from qwantize_vllm.matmul.tile_shapes import choose_shape, shapes_for
+from tests.matmul.test_swizzled_matmul import make
+
+
+@pytest.mark.parametrize("major", [8, 9, 10, None])
+@pytest.mark.parametrize(("groups", "tiles"), [(1, 1), (64, 64), (64, 224), (448, 64)])
+def test_shapes_for_are_those_of_any_number_of_tokens(major, groups, tiles):
+    chosen = {choose_shape(major, tokens, groups, tiles, wgmma=True) for tokens in range(1, 600)} - {None}
+    assert set(shapes_for(major, groups, tiles)) == chosen
+
+
+def test_nothing_is_compiled_without_a_gpu():
+    _, q = make("cpu", 64, 256, 1, torch.bfloat16)
+    ahead.compile_ahead(swizzle(q), torch.bfloat16, None)
+    assert not ahead._seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_what_was_compiled_ahead_is_not_compiled_again(monkeypatch, with_bias):
+    x, q = make("cuda", 208, 1088, 700, torch.float16, 32)
+    weight, bias = swizzle(q), torch.randn(208, device="cuda").half() if with_bias else None
+    ahead._seen.clear()
+    ahead.compile_ahead(weight, x.dtype, bias)
+    ahead._threads(x.device).shutdown(wait=True)
+    ahead._threads.cache_clear()
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **what: compiled.append(what["repr"]))
+    for tokens in (1, 8, 9, 16, 20, 33, 64, 65, 128, 129, 300, 700):
+        run_swizzled(x[:tokens], weight, bias)
+    assert not [repr for repr in compiled if "unswizzle" not in repr]
