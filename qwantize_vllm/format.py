@@ -113,7 +113,7 @@ def default_global_scale(amax: torch.Tensor) -> torch.Tensor:
     - It survives formats that store the reciprocal, as compressed-tensors does; one float32 in six would not.
     - value * block_scale * global_scale has at most 2 + 4 + 16 significant bits and at least 16: float32 holds it
       without rounding, and it is never half way between two bfloat16 or float16 numbers nor as close to that as three
-      float32 roundings reach. In whatever order the reader of a checkpoint multiplies or divides, its weight is the same.
+      float32 roundings reach. In whatever order a reader multiplies or divides, it finds the same weight.
 
     At least the smallest normal float32, and 1 where amax is 0, so that dividing by it is always safe.
     """

@@ -71,8 +71,8 @@ class Checkpoint:
                     raise ValueError(f"tensor {name!r} is in {self.tensors[name].file} and in {file} ({directory})")
                 self.tensors[name] = info
         if missing := sorted(named.keys() - self.tensors.keys()):
-            file = self.directory / named[missing[0]]
-            raise ValueError(f"{file} lacks {len(missing)} tensors that {INDEX} names, {missing[0]!r} among them")
+            lacking = self.directory / named[missing[0]]
+            raise ValueError(f"{lacking} lacks {len(missing)} tensors that {INDEX} names, {missing[0]!r} among them")
 
     @classmethod
     def of_file(cls, path: Path) -> Checkpoint:

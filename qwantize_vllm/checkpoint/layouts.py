@@ -16,6 +16,10 @@ import torch
 from qwantize_vllm.format import Nvfp4Tensor, reciprocal
 
 
+def _no_files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """One of LAYOUTS.
@@ -37,7 +41,7 @@ class Layout:
     scalar: tuple[int, ...]
     any_blocks: bool
     config: Callable[[Sequence[str], int], dict[str, Any]]
-    extra_files: Callable[[dict[str, Any]], dict[str, dict[str, Any]]] = lambda config: {}
+    extra_files: Callable[[dict[str, Any]], dict[str, dict[str, Any]]] = _no_files
 
     @property
     def names(self) -> tuple[str, str, str]:

@@ -17,6 +17,7 @@ from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.layer_names import fused_members, named_parts
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
+from qwantize_vllm.plugin.packed import PackedConfig, packed_of
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.settings import (
     ENVIRONMENT_VARIABLE,
@@ -70,7 +71,17 @@ class QwantizeConfig(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> QwantizeConfig:
+    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, **kwargs: Any) -> Any:
+        """With --quantization qwantize, a checkpoint that is NVFP4 already is ours; others are refused by name."""
+        if user_quant != METHOD or not hf_quant_cfg or hf_quant_cfg.get("quant_method") == METHOD:
+            return None
+        packed_of(hf_quant_cfg)
+        return METHOD
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+        if config.get("quant_method") != METHOD or config.get("packed"):
+            return PackedConfig(config)
         return cls({key: value for key, value in config.items() if key != "quant_method"})
 
     @classmethod

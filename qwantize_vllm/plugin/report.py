@@ -20,8 +20,9 @@ logger = init_logger(f"vllm.{__name__}")
 class LoadReport:
     """Collects while layers are built and quantized; logs one summary when the last one is done."""
 
-    def __init__(self, settings: QwantizeSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: QwantizeSettings, packed: str | None = None) -> None:
+        """packed: the format of a checkpoint whose weights are NVFP4 already; nothing is lost then."""
+        self.settings, self.packed = settings, packed
         self._expected: set[str] = set()
         self._quantized: dict[str, float] = {}
         self._left: dict[tuple[str, int], tuple[weakref.ref[torch.nn.Module], str]] = {}
@@ -73,6 +74,13 @@ class LoadReport:
         left_bytes, left = self._left_layers
         snr = [ratio for ratio in self._quantized.values() if math.isfinite(ratio)]
         mean = f"{sum(snr) / len(snr):.2f} dB" if snr else "infinite"
+        if self.packed:
+            total = self._bytes_after + left_bytes
+            return (
+                f"qwantize summary: {len(self._quantized)} layers are NVFP4 in the checkpoint ({self.packed}), "
+                f"{left}; weights {_gib(total)} GiB (NVFP4 {_gib(self._bytes_after)}, left {_gib(left_bytes)}); "
+                f"{self._seconds:.2f} s"
+            )
         before, after = self._bytes_before + left_bytes, self._bytes_after + left_bytes
         return (
             f"qwantize summary: {len(self._quantized)} layers quantized to NVFP4 "
