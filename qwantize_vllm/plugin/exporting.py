@@ -178,7 +178,13 @@ def _plan(
         name = layer.quant_method.name
         loads = sorted(loaded.get((path, "weight"), []), key=lambda load: _order(load.part))
         names = tuple(load.tensor for load in loads if load.tensor is not None)
-        if len(names) < len(loads) or not names or not _fits(layer, [source.tensors[each].shape for each in names]):
+        shapes = [source.tensors[each].shape for each in names]
+        if len(names) == len(loads) and sum(shape[0] for shape in shapes) < layer.weight.shape[0]:
+            raise ValueError(
+                f"the checkpoint lacks weights of {name}: of its {layer.weight.shape[0]} rows it has those of "
+                f"{', '.join(names) or 'none'}; is it that of another model?"
+            )
+        if len(names) < len(loads) or not _fits(layer, shapes):
             left[name] = "vLLM does not load its weight as it lies in the checkpoint"
         elif not all(each.endswith(".weight") for each in names) or not taken.isdisjoint(names):
             left[name] = "its tensors are called otherwise than .weight, or are another layer's too"
