@@ -48,6 +48,11 @@ class QwantizeConfig(QuantizationConfig):
             ValueError, FileNotFoundError: see `resolve_settings` and `environment_settings`.
         """
         super().__init__()
+        if source == _CHECKPOINT and given and "cache_dir" in given:
+            raise ValueError(
+                "qwantize settings: cache_dir is not taken from a checkpoint or --hf-overrides; whoever has files "
+                "written must be you: give it by --additional-config or QWANTIZE_CONFIG"
+            )
         self._given = {source: dict(given or {})}
         self._resolved: QwantizeSettings | None = None
         self._report: LoadReport | None = None
@@ -106,7 +111,7 @@ class QwantizeConfig(QuantizationConfig):
                 # Part of the key of vLLM's compile cache, which knows none of our sources but this.
                 additional[f"{METHOD}_resolved"] = {
                     "version": __version__,
-                    **self._resolved.model_dump(mode="json"),
+                    **self._resolved.model_dump(mode="json", exclude={"cache_dir"}),
                 }
         return self._resolved
 

@@ -83,7 +83,7 @@ def _export(model: str, out: Path, settings: dict[str, Any], layout: str, dtype:
             dtype=built.config.model_config.dtype,
             block_size=resolved.block_size,
             ignore=_ignore(plan, source),
-            settings={"version": __version__, **resolved.model_dump(mode="json"), "hessian": _file(resolved.hessian)},
+            settings=_noted(resolved),
             shard_bytes=shard_bytes,
         )
         _check(resolved, layout)
@@ -115,6 +115,12 @@ def _quantize(
     layer = layers[planned.name]
     method: QwantizeLinearMethod = layer.quant_method
     return [q for _, q in method.quantized_parts(layer, weight.to(device))]
+
+
+def _noted(settings: Any) -> dict[str, Any]:
+    """Of the settings, what the result follows from, and no paths: it is published with the checkpoint."""
+    values = settings.model_dump(mode="json", exclude={"cache_dir", "backend", "strict"})
+    return {"version": __version__, **values, "hessian": _file(settings.hessian)}
 
 
 def _file(path: Path | None) -> list[Any] | None:

@@ -158,7 +158,7 @@ class PackedConfig(QuantizationConfig):
                 additional["qwantize_resolved"] = {
                     "version": __version__,
                     "packed": self.packed.layout.name,
-                    **self._resolved.model_dump(mode="json"),
+                    **self._resolved.model_dump(mode="json", exclude={"cache_dir"}),
                 }
         return self._resolved
 
