@@ -51,12 +51,9 @@ class LayerCache:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
             if {name: digest(tensor) for name, tensor in tensors.items()} != digests:
                 raise ValueError("its tensors are not those that were saved")
-            parts = [
-                Nvfp4Tensor(
-                    tensors[f"{i}.codes"], tensors[f"{i}.block_scales"], tensors[f"{i}.global_scale"], block_size
-                )
-                for i in range(len(shapes))
-            ]
+            names = ("codes", "block_scales", "global_scale")
+            named = [{name: tensors[f"{i}.{name}"] for name in names} for i in range(len(shapes))]
+            parts = [Nvfp4Tensor(**each, block_size=block_size) for each in named]
             if [tuple(q.shape) for q in parts] != [tuple(shape) for shape in shapes]:
                 raise ValueError(f"its shapes are {[tuple(q.shape) for q in parts]}, not {list(shapes)}")
         except (SafetensorError, OSError, KeyError, ValueError) as error:
