@@ -12,6 +12,7 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter, PerTensorScaleParameter
 
 from qwantize_vllm import __version__
-from qwantize_vllm.checkpoint import LAYOUTS, Layout
+from qwantize_vllm.checkpoint import LAYOUTS, Checkpoint, Layout
+from qwantize_vllm.checkpoint.export import NOTES, verify
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.weights import Form, QuantizedLayer, choose_form
 from qwantize_vllm.settings import QwantizeSettings, environment_settings, resolve_settings
@@ -154,6 +156,7 @@ class PackedConfig(QuantizationConfig):
                 logger.warning(
                     "qwantize: the checkpoint asks for activations of four bits too (W4A4); they stay as they are"
                 )
+            _look_at_files(get_current_vllm_config(), self._resolved.strict)
             if isinstance(additional, dict):  # part of the key of vLLM's compile cache
                 additional["qwantize_resolved"] = {
                     "version": __version__,
@@ -203,6 +206,20 @@ class PackedConfig(QuantizationConfig):
                 return False
             raise
         return bool(scheme and scheme.get("weights"))
+
+
+def _look_at_files(config: Any, strict: bool) -> None:
+    """Of a directory, the headers before anything is built from them; with strict the bytes of an export of ours too.
+
+    Raises:
+        ValueError: a file is damaged or missing; names it, and where it is known the tensor.
+    """
+    directory = Path(config.model_config.model)
+    if not directory.is_dir() or config.load_config.load_format not in ("auto", "safetensors", "hf"):
+        return
+    Checkpoint(directory)
+    if strict and (directory / NOTES).is_file():
+        logger.info("qwantize: %d tensors are what was exported (strict: true)", verify(directory))
 
 
 def _theirs(packed: Packed, config: Mapping[str, Any]) -> Any:

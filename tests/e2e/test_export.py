@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ from .compare import assert_serves, served_layers, settings_of, tensors_of, toke
 from .conftest import TINY_PROMPTS, Engines
 from .probe import probe
 from .test_inspection import in_shards
+from .test_tensor_parallel import TWO_RANKS, join
 
 pytestmark = pytest.mark.e2e
 
@@ -260,6 +263,45 @@ DAMAGED = {
 def test_damaged_and_foreign_checkpoints_are_refused(engines, found, tmp_path, case):
     change, message = DAMAGED[case]
     assert message in engines.refuse(found.changed("optimal", tmp_path / "changed", change))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "settings", "message"),
+    [
+        (cut, {}, "cannot be read as safetensors: .*it ends within or before 1 tensors, '"),
+        (flip, {"strict": True}, "the bytes of tensor '.*' are not those that were written"),
+    ],
+)
+def test_damaged_files_are_named_before_they_are_loaded(engines, found, tmp_path, damage, settings, message):
+    out = Path(shutil.copytree(found.folder / "optimal", tmp_path / "out"))
+    path = sorted(out.glob("*.safetensors"))[1]
+    damage(path)
+    log = engines.refuse(out, additional_config={"qwantize": settings})
+    assert re.search(rf"{path}:? {message}", log), log[-3000:]
+    assert "Loading safetensors" not in log
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_two_ranks_share_the_codes_out(engines, found, served):
+    two = engines.start(found.folder / "optimal", **TWO_RANKS)
+    for layer, q in found.expected("optimal").items():
+        held = [tensors_of(two, rank) for rank in range(2)]
+        assert torch.equal(join(layer, [each[f"{layer}.weight"] for each in held]), q.codes)
+        scales = join(layer, [each[f"{layer}.weight_scale"].view(torch.uint8) for each in held])
+        assert torch.equal(scales, q.block_scales.view(torch.uint8))
+        assert {float(each[f"{layer}.weight_global_scale"]) for each in held} == {float(q.global_scale)}
+    assert token_ids(two) == token_ids(served)
 
 
 def test_an_unfinished_directory_is_refused(engines, found, tmp_path):
