@@ -105,13 +105,42 @@ def dequantize_rows(
 
 
 def default_global_scale(amax: torch.Tensor) -> torch.Tensor:
-    """float32 amax / (6 * 448), so that the largest weight fits the largest code times the largest block scale.
+    """float32, a little over amax / (6 * 448), so that the largest weight fits the largest code times block scale.
 
-    Clamped to the smallest normal float32, and 1 where amax is 0, so that dividing by it is always safe.
+    Of the float32 numbers with 16 significant bits, the last of them 1, the first from that quotient on which its
+    float32 reciprocal's reciprocal gives back; less than 5e-4 above it. Two things follow that make a checkpoint exact:
+
+    - It survives formats that store the reciprocal, as compressed-tensors does; one float32 in six would not.
+    - value * block_scale * global_scale has at most 2 + 4 + 16 significant bits and at least 16: float32 holds it
+      without rounding, and it is never half way between two bfloat16 or float16 numbers nor as close to that as three
+      float32 roundings reach. In whatever order a reader multiplies or divides, it finds the same weight.
+
+    At least the smallest normal float32, and 1 where amax is 0, so that dividing by it is always safe.
     """
     # Through float64, because CUDA divides by a Python number as a multiplication by its rounded reciprocal.
     scale = (amax.double() / (E2M1_MAX * E4M3_MAX)).clamp_min_(torch.finfo(torch.float32).tiny).float()
-    return scale.masked_fill_(amax == 0, 1.0)
+    # Bits 8 to 30 are the exponent and 16 significant bits, the first of which is not stored: bit 8 becomes 1.
+    bits = ((scale.view(torch.int32) + 0xFF) & ~0x1FF) | 0x100
+    steps = _steps_to_reciprocal(amax.device)[(bits >> 9) & 0x3FFF]
+    return (bits + 0x200 * steps).view(torch.float32).masked_fill(amax == 0, 1.0)
+
+
+@functools.cache
+def _steps_to_reciprocal(device: torch.device) -> torch.Tensor:
+    """(2**14,) int32: from each odd number of 16 bits, how many such numbers on is one that survives its reciprocal."""
+    significands = (torch.arange(2**14, dtype=torch.int32, device="cpu") << 9) + 0x3F800100
+    numbers = significands.view(torch.float32)
+    survives = (reciprocal(reciprocal(numbers)) == numbers).tolist()
+    steps, step = [0] * len(survives), 0
+    for i in reversed(range(-len(survives), len(survives))):  # twice: the end of one binade goes on in the next
+        step = 0 if survives[i] else step + 1
+        steps[i] = step
+    return torch.tensor(steps, dtype=torch.int32, device=device)
+
+
+def reciprocal(scale: torch.Tensor) -> torch.Tensor:
+    """1 / scale in float32, rounded once on every device."""
+    return scale.double().reciprocal().float()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -66,6 +66,12 @@ class QwantizeSettings(pydantic.BaseModel):
         description="Layers left unquantized: an exact name, a glob, or re: and a regular expression. "
         "A member of a fused layer (q_proj, gate_proj) may be named.",
     )
+    cache_dir: Path | None = pydantic.Field(
+        None,
+        strict=False,
+        description="Directory in which quantized layers are kept, and looked for at the next start; not in a "
+        "checkpoint's own settings.",
+    )
     strict: bool = pydantic.Field(
         False,
         description="Refuse to start where a layer cannot be quantized, instead of leaving it as it is, or has no "

@@ -125,5 +125,40 @@ def test_dequantize_refuses_other_dtypes():
 def test_default_global_scale_is_always_safe_to_divide_by(amax):
     scale = default_global_scale(torch.tensor(amax))
     assert scale >= torch.finfo(torch.float32).tiny
-    if amax == 1.0:
-        assert scale == torch.tensor(1.0) / 2688
+    if amax == 0.0:
+        assert scale == 1
+
+
+@pytest.fixture(scope="module")
+def global_scales():
+    """Of 20,000 amax: every one with 14 bits of [1, 2), and any in all sizes."""
+    generator = torch.Generator().manual_seed(0)
+    some = torch.exp2(torch.rand(3616, generator=generator) * 60 - 40)
+    amax = torch.cat([torch.arange(2**14) / 2**14 + 1, some])
+    return amax, default_global_scale(amax)
+
+
+def test_default_global_scale_fits_amax_closely(global_scales):
+    amax, scales = global_scales
+    excess = scales.double() * (6 * 448) / amax.double() - 1
+    assert (excess >= -1e-7).all()
+    assert excess.max() < 5e-4
+    largest = amax.argmax()
+    assert default_global_scale(amax[largest]) == scales[largest]  # alone as in a batch
+
+
+def test_default_global_scale_survives_its_reciprocal(global_scales):
+    _, scales = global_scales
+    assert torch.equal(1.0 / (1.0 / scales), scales)
+
+
+def test_weights_are_products_that_float32_holds_and_no_order_of_operations_changes(global_scales):
+    _, scales = global_scales
+    values, blocks = e2m1_values()[1:8, None, None], e4m3_values()[None, :, None]
+    exact = values.double() * blocks.double() * scales.double()
+    product = values * blocks * scales
+    assert torch.equal(product.double(), exact)
+    divided = values * (blocks / (1.0 / scales))  # what compressed-tensors computes
+    assert torch.equal(divided.bfloat16(), product.bfloat16())
+    assert torch.equal((values * (blocks * scales)).bfloat16(), product.bfloat16())
+    assert torch.equal(divided.half(), product.half())

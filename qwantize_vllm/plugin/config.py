@@ -17,6 +17,7 @@ from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.layer_names import fused_members, named_parts
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
+from qwantize_vllm.plugin.packed import PackedConfig, packed_of
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.settings import (
     ENVIRONMENT_VARIABLE,
@@ -47,6 +48,11 @@ class QwantizeConfig(QuantizationConfig):
             ValueError, FileNotFoundError: see `resolve_settings` and `environment_settings`.
         """
         super().__init__()
+        if source == _CHECKPOINT and given and "cache_dir" in given:
+            raise ValueError(
+                "qwantize settings: cache_dir is not taken from a checkpoint or --hf-overrides; whoever has files "
+                "written must be you: give it by --additional-config or QWANTIZE_CONFIG"
+            )
         self._given = {source: dict(given or {})}
         self._resolved: QwantizeSettings | None = None
         self._report: LoadReport | None = None
@@ -70,7 +76,17 @@ class QwantizeConfig(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> QwantizeConfig:
+    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, **kwargs: Any) -> Any:
+        """With --quantization qwantize, a checkpoint that is NVFP4 already is ours; others are refused by name."""
+        if user_quant != METHOD or not hf_quant_cfg or hf_quant_cfg.get("quant_method") == METHOD:
+            return None
+        packed_of(hf_quant_cfg)
+        return METHOD
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+        if config.get("quant_method") != METHOD or config.get("packed"):
+            return PackedConfig(config)
         return cls({key: value for key, value in config.items() if key != "quant_method"})
 
     @classmethod
@@ -95,7 +111,7 @@ class QwantizeConfig(QuantizationConfig):
                 # Part of the key of vLLM's compile cache, which knows none of our sources but this.
                 additional[f"{METHOD}_resolved"] = {
                     "version": __version__,
-                    **self._resolved.model_dump(mode="json"),
+                    **self._resolved.model_dump(mode="json", exclude={"cache_dir"}),
                 }
         return self._resolved
 

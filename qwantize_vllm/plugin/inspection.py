@@ -143,9 +143,9 @@ def inspect_model(
 
 
 def _inspect(model: str, settings: Mapping[str, dict[str, Any]], hessian: Path | None, dtype: str) -> Inspection:
-    with _one_rank():
-        built = {name: _Built(model, values, dtype) for name, values in settings.items()}
-        base = _Built(model, {"scale_search": "optimal"}, dtype)
+    with one_rank():
+        built = {name: MetaModel(model, values, dtype) for name, values in settings.items()}
+        base = MetaModel(model, {"scale_search": "optimal"}, dtype)
         file = None if hessian is None else HessianFile(hessian)
         if file is not None:
             file.check_model(config_fingerprint(base.config.model_config.hf_config))
@@ -162,7 +162,7 @@ def _inspect(model: str, settings: Mapping[str, dict[str, Any]], hessian: Path |
 
 
 @contextlib.contextmanager
-def _one_rank() -> Iterator[None]:
+def one_rank() -> Iterator[None]:
     """vLLM's layers ask for their rank when they are built: this process is the only one."""
     with tempfile.NamedTemporaryFile() as rendezvous, set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{rendezvous.name}", 0, backend="gloo")
@@ -170,7 +170,7 @@ def _one_rank() -> Iterator[None]:
         yield
 
 
-class _Built:
+class MetaModel:
     """A model on the meta device, with what the plugin decided about its layers."""
 
     def __init__(self, model: str, settings: dict[str, Any], dtype: str) -> None:
@@ -186,16 +186,20 @@ class _Built:
         self.config.load_config.use_tqdm_on_load = False
         with set_default_torch_dtype(self.config.model_config.dtype), torch.device("meta"):
             self.model = initialize_model(self.config)
-        self._quantization: Any = self.config.quant_config
-        self.settings = self._quantization.settings.model_dump(mode="json")
-        self.unused = self._quantization.report.unused_patterns()
+        self.quantization: Any = self.config.quant_config
+        self.settings = self.quantization.settings.model_dump(mode="json")
+        self.unused = self.quantization.report.unused_patterns()
         self.layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, LinearBase)}
+
+    def name(self, path: str) -> str:
+        """By which settings and Hessian files know a layer."""
+        return str(getattr(self.layers[path], "prefix", "") or path)
 
     def reason(self, layer: torch.nn.Module) -> str | None:
         """Why a layer is left as it is; None where it is quantized."""
         if isinstance(getattr(layer, "quant_method", None), QwantizeLinearMethod):
             return None
-        reason: str | None = self._quantization.report.reason(layer)
+        reason: str | None = self.quantization.report.reason(layer)
         return reason or ("embedding or head" if isinstance(layer, VocabParallelEmbedding) else "norm or other")
 
     def left(self) -> list[LeftModule]:
@@ -212,7 +216,7 @@ class _Built:
         return found
 
 
-def _measure(base: _Built, built: dict[str, _Built], file: HessianFile | None) -> list[InspectedLayer]:
+def _measure(base: MetaModel, built: dict[str, MetaModel], file: HessianFile | None) -> list[InspectedLayer]:
     """Load the checkpoint into base, each layer measured and forgotten as soon as it is complete."""
     measured: dict[str, InspectedLayer] = {}
     incomplete: list[str] = []
@@ -240,7 +244,7 @@ class _Measure(QuantizeMethodBase):
         self,
         path: str,
         method: QwantizeLinearMethod,
-        same: dict[str, tuple[_Built, LinearBase]],
+        same: dict[str, tuple[MetaModel, LinearBase]],
         file: HessianFile | None,
         measured: dict[str, InspectedLayer],
         incomplete: list[str],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
 
+from qwantize_vllm import __version__
+from qwantize_vllm.checkpoint.cache import LayerCache
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.plugin.report import LoadReport
@@ -142,6 +146,13 @@ class QwantizeLinearMethod(LinearMethodBase):
             raise ValueError(f"qwantize: {self.name}: {describe_nonfinite(weight)} (on this rank)")
         scales = resolve_global_scale(amax, "none" if self.settings.global_scale == "none" else "amax")
         hessian = self._hessian(layer, weight)
+        if self.settings.cache_dir is None:
+            return self._search(parts, scales, hessian)
+        return self._cached(LayerCache(self.settings.cache_dir), parts, scales, hessian)
+
+    def _search(
+        self, parts: Sequence[torch.Tensor], scales: torch.Tensor, hessian: torch.Tensor | None
+    ) -> list[Nvfp4Tensor]:
         search = functools.partial(search_nvfp4, refine=self.refine, gptq=self._gptq)
         try:
             return [
@@ -150,6 +161,23 @@ class QwantizeLinearMethod(LinearMethodBase):
             ]
         except ValueError as error:  # a Hessian that gptq cannot use
             raise ValueError(f"qwantize: {self.name}: {error}") from error
+
+    def _cached(
+        self, cache: LayerCache, parts: Sequence[torch.Tensor], scales: torch.Tensor, hessian: torch.Tensor | None
+    ) -> list[Nvfp4Tensor]:
+        """What the cache has for these weights; or else a search, which is kept there."""
+        size, device = self.settings.block_size, parts[0].device
+        how = [__version__, device.type, self.search, self.refine, dataclasses.astuple(self._gptq), size]
+        key = cache.key({"how": how}, [*parts, scales, hessian])
+        try:
+            if (found := cache.load(key, [(part.shape[0], part.shape[1]) for part in parts], size)) is not None:
+                self.report.from_cache()
+                return [q.to(device) for q in found]
+        except ValueError as error:
+            logger.warning("qwantize: %s: %s; it is searched again and written anew", self.name, error)
+        quantized = self._search(parts, scales, hessian)
+        cache.save(key, quantized)
+        return quantized
 
     def _find_hessian(self, blocks: int) -> None:
         """The name that the file has this layer under; if it has none, and may, the layer is searched without."""

@@ -20,13 +20,15 @@ logger = init_logger(f"vllm.{__name__}")
 class LoadReport:
     """Collects while layers are built and quantized; logs one summary when the last one is done."""
 
-    def __init__(self, settings: QwantizeSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: QwantizeSettings, packed: str | None = None) -> None:
+        """packed: the format of a checkpoint whose weights are NVFP4 already; nothing is lost then."""
+        self.settings, self.packed = settings, packed
         self._expected: set[str] = set()
         self._quantized: dict[str, float] = {}
         self._left: dict[tuple[str, int], tuple[weakref.ref[torch.nn.Module], str]] = {}
         self._ignored: list[str] = []
         self._without_hessian: list[str] = []
+        self._from_cache = 0
         self._bytes_before = self._bytes_after = 0
         self._seconds = 0.0
 
@@ -37,6 +39,10 @@ class LoadReport:
     def without_hessian(self, name: str) -> None:
         """The Hessian file does not have a layer, which is searched by `optimal` instead."""
         self._without_hessian.append(name)
+
+    def from_cache(self) -> None:
+        """A layer was not searched, but read from cache_dir."""
+        self._from_cache += 1
 
     def leave(self, name: str, layer: torch.nn.Module, reason: str, ignored: list[str] | None = None) -> None:
         """A layer stays as it is; ignored: the names by which the settings reached it."""
@@ -67,16 +73,25 @@ class LoadReport:
 
     def _start_over(self) -> None:
         self._quantized, self._bytes_before, self._bytes_after, self._seconds = {}, 0, 0, 0.0
+        self._from_cache = 0
 
     def summary(self) -> str:
         """One line: layers, GiB before and after, mean signal-to-noise ratio, seconds."""
         left_bytes, left = self._left_layers
         snr = [ratio for ratio in self._quantized.values() if math.isfinite(ratio)]
         mean = f"{sum(snr) / len(snr):.2f} dB" if snr else "infinite"
+        if self.packed:
+            total = self._bytes_after + left_bytes
+            return (
+                f"qwantize summary: {len(self._quantized)} layers are NVFP4 in the checkpoint ({self.packed}), "
+                f"{left}; weights {_gib(total)} GiB (NVFP4 {_gib(self._bytes_after)}, left {_gib(left_bytes)}); "
+                f"{self._seconds:.2f} s"
+            )
+        cached = f", {self._from_cache} of them from cache_dir" if self._from_cache else ""
         before, after = self._bytes_before + left_bytes, self._bytes_after + left_bytes
         return (
             f"qwantize summary: {len(self._quantized)} layers quantized to NVFP4 "
-            f"({self._how()}, blocks of {self.settings.block_size}), {left}; "
+            f"({self._how()}, blocks of {self.settings.block_size}{cached}), {left}; "
             f"weights {_gib(before)} -> {_gib(after)} GiB "
             f"(quantized layers {_gib(self._bytes_before)} -> {_gib(self._bytes_after)}, "
             f"left {_gib(left_bytes)}); mean signal-to-noise {mean}; {self._seconds:.2f} s"

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.e2e
 
 KEYS = (
     "allowed keys: ['scale_search', 'block_size', 'global_scale', 'hessian', 'refine', 'gptq_damping', 'gptq_order', "
-    "'gptq_sweeps', 'ignore', 'strict', 'backend']"
+    "'gptq_sweeps', 'ignore', 'cache_dir', 'strict', 'backend']"
 )
 
 
@@ -41,6 +41,7 @@ BAD_SETTINGS = {
         overrides(scale_search="hessian", hessian="nowhere.safetensors"),
         ["hessian: there is no file nowhere.safetensors"],
     ),
+    "cache_dir in a checkpoint": (overrides(cache_dir="/tmp"), ["cache_dir is not taken from a checkpoint"]),
     "regular expression": (overrides(ignore=["re:("]), ["ignore (from", "'re:(' is not a regular expression"]),
     "additional_config": (
         {"additional_config": {"qwantize": {"block_size": "16"}}},

@@ -23,6 +23,7 @@ DEFAULTS = {
     "gptq_damping": 0.01,
     "gptq_order": "loss",
     "gptq_sweeps": 0,
+    "cache_dir": None,
     "ignore": [],
     "strict": False,
     "backend": "auto",
