@@ -18,6 +18,7 @@ from qwantize_vllm.layer_names import fused_members, named_parts
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
 from qwantize_vllm.plugin.report import LoadReport
+from qwantize_vllm.plugin.trust import PATHS, with_trusted_paths
 from qwantize_vllm.settings import (
     ENVIRONMENT_VARIABLE,
     QwantizeSettings,
@@ -47,11 +48,12 @@ class QwantizeConfig(QuantizationConfig):
             ValueError, FileNotFoundError: see `resolve_settings` and `environment_settings`.
         """
         super().__init__()
-        self._given = {source: dict(given or {})}
+        self._source, self._given = source, dict(given or {})
         self._resolved: QwantizeSettings | None = None
         self._report: LoadReport | None = None
-        # Additional config is not known yet; everything else is refused here, before an engine starts.
-        resolve_settings({**self._given, **_environment()})
+        # Additional config is not known yet, nor who named a file; all else is refused here, before an engine starts.
+        look_for_files = source != _CHECKPOINT or not any(key in self._given for key in PATHS)
+        resolve_settings({source: self._given, **_environment()}, look_for_files)
 
     @classmethod
     def get_name(cls) -> str:
@@ -81,13 +83,15 @@ class QwantizeConfig(QuantizationConfig):
     def settings(self) -> QwantizeSettings:
         """The settings of all sources; the first access must be while vLLM builds the model."""
         if self._resolved is None:
-            additional = get_current_vllm_config().additional_config
+            config = get_current_vllm_config()
+            additional = config.additional_config
             extra = additional.get(METHOD, {}) if isinstance(additional, dict) else {}
-            self._resolved, origin = resolve_settings({**self._given, _ADDITIONAL: extra, **_environment()})
+            own = with_trusted_paths(self._given, config) if self._source == _CHECKPOINT else self._given
+            self._resolved, origin = resolve_settings({self._source: own, _ADDITIONAL: extra, **_environment()})
             given = ", ".join(f"{key} (from {source})" for key, source in origin.items()) or "all defaults"
             if self._resolved.hessian is not None:
                 file = HessianFile(self._resolved.hessian, self._resolved.block_size)
-                file.check_model(config_fingerprint(get_current_vllm_config().model_config.hf_config))
+                file.check_model(config_fingerprint(config.model_config.hf_config))
                 if self._resolved.refine == "gptq":
                     file.check_full()
             logger.info("qwantize settings: %s; given: %s", self._resolved, given)
