@@ -68,7 +68,7 @@ def _inside(key: str, value: Any, directory: Path | None) -> str:
         f"qwantize settings: {key} is {value!r} in the checkpoint's own config, which may name files of the checkpoint "
         f"only, by a path relative to its directory ({directory or 'which is not on this machine'})"
     )
-    advice = f"to read another file, name it yourself: --additional-config '{{\"qwantize\": {{\"{key}\": …}}}}'"
+    advice = f'to read another file, name it yourself: --additional-config \'{{"qwantize": {{"{key}": …}}}}\''
     if not isinstance(value, str) or "\0" in value or PurePath(value).is_absolute() or ".." in PurePath(value).parts:
         raise ValueError(f"{rule}; {advice}")
     if directory is None:
