@@ -66,6 +66,11 @@ class QwantizeSettings(pydantic.BaseModel):
         description="Layers left unquantized: an exact name, a glob, or re: and a regular expression. "
         "A member of a fused layer (q_proj, gate_proj) may be named.",
     )
+    towers: Literal["leave", "quantize"] = pydantic.Field(
+        "leave",
+        description="Vision and audio encoders of multimodal models, and what connects them to the language model, "
+        "known by their names (visual, vision_tower, audio_encoder, projector, ...).",
+    )
     strict: bool = pydantic.Field(
         False,
         description="Refuse to start where a layer cannot be quantized, instead of leaving it as it is, or has no "

@@ -8,5 +8,7 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from qwantize_vllm.plugin.config import METHOD, QwantizeConfig
+    from qwantize_vllm.plugin.towers import watch_towers
 
     register_quantization_config(METHOD)(QwantizeConfig)
+    watch_towers()

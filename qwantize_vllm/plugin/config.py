@@ -18,6 +18,7 @@ from qwantize_vllm.layer_names import fused_members, named_parts
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
 from qwantize_vllm.plugin.report import LoadReport
+from qwantize_vllm.plugin.towers import is_of_tower
 from qwantize_vllm.plugin.trust import PATHS, with_trusted_paths
 from qwantize_vllm.settings import (
     ENVIRONMENT_VARIABLE,
@@ -118,6 +119,9 @@ class QwantizeConfig(QuantizationConfig):
             return None
         if named:
             self._leave_ignored(layer, prefix, named)
+            return UnquantizedLinearMethod()
+        if self.settings.towers == "leave" and is_of_tower(prefix):
+            self.report.leave(prefix, layer, "of vision or audio")
             return UnquantizedLinearMethod()
         return QwantizeLinearMethod(self.settings, prefix, self.report, self._members(prefix))
 

@@ -24,6 +24,7 @@ DEFAULTS = {
     "gptq_order": "loss",
     "gptq_sweeps": 0,
     "ignore": [],
+    "towers": "leave",
     "strict": False,
     "backend": "auto",
 }
