@@ -9,6 +9,8 @@ def register() -> None:
 
     from qwantize_vllm.plugin.config import METHOD, QwantizeConfig
     from qwantize_vllm.plugin.towers import watch_towers
+    from qwantize_vllm.plugin.versions import warn_if_untested
 
     register_quantization_config(METHOD)(QwantizeConfig)
     watch_towers()
+    warn_if_untested()

@@ -16,6 +16,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.plugin.report import LoadReport
+from qwantize_vllm.plugin.versions import PROCESSED
 from qwantize_vllm.plugin.weights import Form, QuantizedLayer, choose_form
 from qwantize_vllm.search.gptq import GptqOptions
 from qwantize_vllm.search.quality import signal_and_noise
@@ -23,7 +24,6 @@ from qwantize_vllm.search.quantize import describe_nonfinite, matrix_amax, resol
 from qwantize_vllm.settings import QwantizeSettings
 
 logger = init_logger(f"vllm.{__name__}")
-_DONE = "_already_called_process_weights_after_loading"  # vLLM's reload clears it
 
 
 class QwantizeLinearMethod(LinearMethodBase):
@@ -94,7 +94,7 @@ class QwantizeLinearMethod(LinearMethodBase):
         Raises:
             ValueError: the weight holds NaN or infinities, or a part of it is missing; names the layer and counts.
         """
-        if getattr(layer, _DONE, False):
+        if getattr(layer, PROCESSED, False):
             return
         began = time.perf_counter()
         weight = layer.weight.data
@@ -104,7 +104,7 @@ class QwantizeLinearMethod(LinearMethodBase):
         quantized = QuantizedLayer.of([q for _, q in parts], weight.dtype)
         self._form = choose_form(self.settings, quantized)
         after = self._form.keep(layer, quantized)
-        setattr(layer, _DONE, True)
+        setattr(layer, PROCESSED, True)
         self.report.quantized(self.name, weight.nbytes, after, signal, noise, began)
 
     def quantized_parts(self, layer: LinearBase, weight: torch.Tensor) -> list[tuple[torch.Tensor, Nvfp4Tensor]]:
