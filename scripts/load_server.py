@@ -33,8 +33,8 @@ from quickstart import BIN, free_port, server_environment
 
 NAME = "model"
 MAX_MODEL_LEN = 512
-# Without it the memory of a CPU server, quantized or not, grows by hundreds of MiB in minutes: glibc comes to keep large
-# freed tensors in its heaps, in pieces. In bytes; vLLM's advice for CPUs is another allocator, tcmalloc.
+# Without it the memory of a CPU server, quantized or not, grows by hundreds of MiB in minutes: glibc comes to keep
+# large freed tensors in its heaps, in pieces. In bytes; vLLM's own advice for CPUs is another allocator, tcmalloc.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 # On a CPU a page of the KV cache takes memory when it is first written: few blocks, so that all are soon.
 KV_BLOCKS = 128
