@@ -3,7 +3,7 @@ PYTHON ?= $(or $(shell for p in python3 python3.11 python3.12 python3.13 python3
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $$p && break; done),python3)
 BIN := .venv/bin
 
-.PHONY: help env quickstart test lint clean distclean
+.PHONY: help env quickstart test versions lint clean distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*  ## /  make \1\t/p' Makefile | expand -t 20
@@ -16,6 +16,9 @@ quickstart: env  ## serve a small model quantized to NVFP4, ask it a question, s
 
 test: env  ## the whole test suite; options for pytest in ARGS, e.g. make test ARGS="-m gpu"
 	$(BIN)/python -m pytest $(ARGS)
+
+versions: env  ## the plugin's tests against the oldest and the newest vLLM supported
+	$(BIN)/python scripts/vllm_versions.py
 
 lint: env  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

@@ -7,6 +7,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 _REGEX = "re:"
+# Words in the names that vLLM's multimodal models give to encoders of images and sounds, and to what follows them.
+_TOWER = frozenset(
+    (
+        *("vision", "visual", "image", "video", "vit", "siglip", "clip", "sam", "vpm"),
+        *("audio", "sound", "speech", "whisper", "apm"),
+        *("resampler", "qformer", "abstractor", "projector", "connector", "merger", "aligner"),
+    )
+)
 
 
 def check_pattern(pattern: str) -> None:
@@ -45,3 +53,12 @@ def named_parts(name: str, patterns: Sequence[str], packed_modules: Mapping[str,
     if matches(name, patterns):
         return [name]
     return [member for member in fused_members(name, packed_modules) if matches(member, patterns)]
+
+
+def in_tower(name: str) -> bool:
+    """Whether a layer of a multimodal model belongs to its encoders of images or sounds, or to their connectors.
+
+    Only the part before the first number counts: what the layers of a language model are called inside says nothing.
+    """
+    head = re.split(r"\.\d+(?:\.|$)", name, maxsplit=1)[0]
+    return not _TOWER.isdisjoint(re.split(r"[._]", head.lower()))

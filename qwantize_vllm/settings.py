@@ -72,6 +72,11 @@ class QwantizeSettings(pydantic.BaseModel):
         description="Directory in which quantized layers are kept, and looked for at the next start; not in a "
         "checkpoint's own settings.",
     )
+    towers: Literal["leave", "quantize"] = pydantic.Field(
+        "leave",
+        description="Vision and audio encoders of multimodal models, and what connects them to the language model, "
+        "known by their names (visual, vision_tower, audio_encoder, projector, ...).",
+    )
     strict: bool = pydantic.Field(
         False,
         description="Refuse to start where a layer cannot be quantized, instead of leaving it as it is, or has no "
@@ -102,7 +107,7 @@ class QwantizeSettings(pydantic.BaseModel):
         return self
 
     @pydantic.model_validator(mode="after")
-    def _check_hessian(self) -> QwantizeSettings:
+    def _check_hessian(self, info: pydantic.ValidationInfo) -> QwantizeSettings:
         if self.scale_search == "hessian" and self.hessian is None:
             raise ValueError(
                 "scale_search 'hessian' needs the key hessian: the path of a block-Hessian file (.safetensors)"
@@ -111,16 +116,20 @@ class QwantizeSettings(pydantic.BaseModel):
             raise ValueError(f"hessian is given but scale_search is {self.scale_search!r}; set scale_search: hessian")
         if self.refine != "none" and self.scale_search != "hessian":
             raise ValueError(f"refine {self.refine!r} needs scale_search: hessian, got {self.scale_search!r}")
-        if self.hessian is not None and not self.hessian.is_file():
+        look = (info.context or {}).get("look_for_files", True)
+        if look and self.hessian is not None and not self.hessian.is_file():
             raise ValueError(f"hessian: there is no file {self.hessian}; give the path of a block-Hessian file")
         return self
 
 
-def resolve_settings(layers: Mapping[str, Mapping[str, Any]]) -> tuple[QwantizeSettings, dict[str, str]]:
+def resolve_settings(
+    layers: Mapping[str, Mapping[str, Any]], look_for_files: bool = True
+) -> tuple[QwantizeSettings, dict[str, str]]:
     """Merge sources, key by key, and validate.
 
     Args:
         layers: settings by the name of their source, strongest first.
+        look_for_files: refuse files that do not exist; False where it is not known yet whether they may be read.
 
     Returns:
         The settings, and for each key that a source gave, the name of that source.
@@ -138,7 +147,7 @@ def resolve_settings(layers: Mapping[str, Mapping[str, Any]]) -> tuple[QwantizeS
             if key not in merged:
                 merged[key], origin[key] = value, source
     try:
-        return QwantizeSettings(**merged), origin
+        return QwantizeSettings.model_validate(merged, context={"look_for_files": look_for_files}), origin
     except pydantic.ValidationError as error:
         raise ValueError("\n".join(_explain(detail, origin) for detail in error.errors())) from None
 

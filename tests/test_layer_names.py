@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwantize_vllm.layer_names import check_pattern, fused_members, matches, named_parts
+from qwantize_vllm.layer_names import check_pattern, fused_members, in_tower, matches, named_parts
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 QKV = "model.layers.0.self_attn.qkv_proj"
@@ -38,3 +38,20 @@ def test_members_of_fused_layers():
 def test_a_broken_pattern_is_refused():
     with pytest.raises(ValueError, match="not a regular expression"):
         check_pattern("re:[")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("visual.blocks.0.attn.qkv", True),
+        ("model.vision_tower.encoder.layers.0.mlp.fc1", True),
+        ("multi_modal_projector.linear_1", True),
+        ("audio_tower.layers.3.fc2", True),
+        ("vpm.encoder.layers.0.self_attn.qkv_proj", True),
+        ("language_model.model.layers.0.self_attn.qkv_proj", False),
+        ("model.layers.1.mlp.vision_expert.down_proj", False),  # of a language model that looks
+        ("model.revisions.0.proj", False),
+    ],
+)
+def test_towers_are_known_by_name(name, expected):
+    assert in_tower(name) is expected

@@ -8,5 +8,9 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from qwantize_vllm.plugin.config import METHOD, QwantizeConfig
+    from qwantize_vllm.plugin.towers import watch_towers
+    from qwantize_vllm.plugin.versions import warn_if_untested
 
     register_quantization_config(METHOD)(QwantizeConfig)
+    watch_towers()
+    warn_if_untested()

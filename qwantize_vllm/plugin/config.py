@@ -19,6 +19,8 @@ from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
 from qwantize_vllm.plugin.packed import PackedConfig, packed_of
 from qwantize_vllm.plugin.report import LoadReport
+from qwantize_vllm.plugin.towers import is_of_tower
+from qwantize_vllm.plugin.trust import PATHS, with_trusted_paths
 from qwantize_vllm.settings import (
     ENVIRONMENT_VARIABLE,
     QwantizeSettings,
@@ -53,11 +55,12 @@ class QwantizeConfig(QuantizationConfig):
                 "qwantize settings: cache_dir is not taken from a checkpoint or --hf-overrides; whoever has files "
                 "written must be you: give it by --additional-config or QWANTIZE_CONFIG"
             )
-        self._given = {source: dict(given or {})}
+        self._source, self._given = source, dict(given or {})
         self._resolved: QwantizeSettings | None = None
         self._report: LoadReport | None = None
-        # Additional config is not known yet; everything else is refused here, before an engine starts.
-        resolve_settings({**self._given, **_environment()})
+        # Additional config is not known yet, nor who named a file; all else is refused here, before an engine starts.
+        look_for_files = source != _CHECKPOINT or not any(key in self._given for key in PATHS)
+        resolve_settings({source: self._given, **_environment()}, look_for_files)
 
     @classmethod
     def get_name(cls) -> str:
@@ -97,13 +100,15 @@ class QwantizeConfig(QuantizationConfig):
     def settings(self) -> QwantizeSettings:
         """The settings of all sources; the first access must be while vLLM builds the model."""
         if self._resolved is None:
-            additional = get_current_vllm_config().additional_config
+            config = get_current_vllm_config()
+            additional = config.additional_config
             extra = additional.get(METHOD, {}) if isinstance(additional, dict) else {}
-            self._resolved, origin = resolve_settings({**self._given, _ADDITIONAL: extra, **_environment()})
+            own = with_trusted_paths(self._given, config) if self._source == _CHECKPOINT else self._given
+            self._resolved, origin = resolve_settings({self._source: own, _ADDITIONAL: extra, **_environment()})
             given = ", ".join(f"{key} (from {source})" for key, source in origin.items()) or "all defaults"
             if self._resolved.hessian is not None:
                 file = HessianFile(self._resolved.hessian, self._resolved.block_size)
-                file.check_model(config_fingerprint(get_current_vllm_config().model_config.hf_config))
+                file.check_model(config_fingerprint(config.model_config.hf_config))
                 if self._resolved.refine == "gptq":
                     file.check_full()
             logger.info("qwantize settings: %s; given: %s", self._resolved, given)
@@ -130,6 +135,9 @@ class QwantizeConfig(QuantizationConfig):
             return None
         if named:
             self._leave_ignored(layer, prefix, named)
+            return UnquantizedLinearMethod()
+        if self.settings.towers == "leave" and is_of_tower(prefix):
+            self.report.leave(prefix, layer, "of vision or audio")
             return UnquantizedLinearMethod()
         return QwantizeLinearMethod(self.settings, prefix, self.report, self._members(prefix))
 

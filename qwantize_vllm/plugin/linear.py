@@ -12,7 +12,7 @@ import torch
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from qwantize_vllm import __version__
@@ -20,6 +20,7 @@ from qwantize_vllm.checkpoint.cache import LayerCache
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.plugin.report import LoadReport
+from qwantize_vllm.plugin.versions import PROCESSED
 from qwantize_vllm.plugin.weights import Form, QuantizedLayer, choose_form
 from qwantize_vllm.search.gptq import GptqOptions
 from qwantize_vllm.search.quality import signal_and_noise
@@ -27,7 +28,6 @@ from qwantize_vllm.search.quantize import describe_nonfinite, matrix_amax, resol
 from qwantize_vllm.settings import QwantizeSettings
 
 logger = init_logger(f"vllm.{__name__}")
-_DONE = "_already_called_process_weights_after_loading"  # vLLM's reload clears it
 
 
 class QwantizeLinearMethod(LinearMethodBase):
@@ -96,18 +96,19 @@ class QwantizeLinearMethod(LinearMethodBase):
         """Replace the dense weight by codes and scales.
 
         Raises:
-            ValueError: the weight holds NaN or infinities; names the layer and counts them.
+            ValueError: the weight holds NaN or infinities, or a part of it is missing; names the layer and counts.
         """
-        if getattr(layer, _DONE, False):
+        if getattr(layer, PROCESSED, False):
             return
         began = time.perf_counter()
         weight = layer.weight.data
+        self._check_complete(layer, weight)
         parts = self.quantized_parts(layer, weight)
         signal, noise = (float(sum(each)) for each in zip(*(signal_and_noise(*part) for part in parts), strict=True))
         quantized = QuantizedLayer.of([q for _, q in parts], weight.dtype)
         self._form = choose_form(self.settings, quantized)
         after = self._form.keep(layer, quantized)
-        setattr(layer, _DONE, True)
+        setattr(layer, PROCESSED, True)
         self.report.quantized(self.name, weight.nbytes, after, signal, noise, began)
 
     def quantized_parts(self, layer: LinearBase, weight: torch.Tensor) -> list[tuple[torch.Tensor, Nvfp4Tensor]]:
@@ -124,6 +125,15 @@ class QwantizeLinearMethod(LinearMethodBase):
             raise ValueError(
                 f"qwantize: {self.name} is on {layer.tp_size} ranks; refine: gptq compensates errors across a whole "
                 "layer, which must be on one: start with --tensor-parallel-size 1, or set refine: codes"
+            )
+
+    def _check_complete(self, layer: LinearBase, weight: torch.Tensor) -> None:
+        """A checkpoint, or an update from a trainer, may have some members of a fused layer and lack others."""
+        given = get_layerwise_info(layer).load_numel
+        if 0 < given < weight.numel():
+            raise ValueError(
+                f"qwantize: {self.name}: {given} of {weight.numel()} elements of its weight were given; "
+                f"give all of {', '.join(self.members)} (on this rank)"
             )
 
     def _leave(self, layer: LinearBase, reason: str) -> None:

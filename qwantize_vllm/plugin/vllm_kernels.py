@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from importlib import metadata
 from typing import Any
 
 import torch
 
+from qwantize_vllm.plugin.versions import KERNEL_NEEDS, installed
+
 _KERNELS = "vllm.model_executor.kernels.linear.nvfp4"
 # The module of each below that folder, and its class.
 _CLASSES = {"marlin": "MarlinNvFp4LinearKernel", "humming": "HummingNvFp4LinearKernel"}
-# The packages that a kernel needs, and their distributions; vLLM 0.25.1 does not look for humming itself.
-_NEEDS = {"marlin": {"vllm": "vllm"}, "humming": {"vllm": "vllm", "humming": "humming-kernels"}}
 KERNELS = tuple(_CLASSES)
 BLOCK_SIZE = 16
 
@@ -29,12 +28,12 @@ def why_not(kernel: str) -> str | None:
     if not torch.cuda.is_available():
         return "needs a CUDA GPU"
     try:
-        for package, distribution in _NEEDS[kernel].items():
+        for package, distribution in KERNEL_NEEDS[kernel].items():
             if importlib.util.find_spec(package) is None:
                 return f"{distribution} is not installed"
         supported, reason = _kernel_class(kernel).is_supported()
     except Exception as error:  # another vLLM may have moved, renamed or broken anything, here that is but a reason
-        return f"not as expected in vLLM {_version()}: {type(error).__name__}: {error}".splitlines()[0]
+        return f"not as expected in vLLM {installed()}: {type(error).__name__}: {error}".splitlines()[0]
     return None if supported else reason or "not supported on this GPU"
 
 
@@ -117,10 +116,3 @@ def make_kernel(kernel: str) -> Any:
 
 def _kernel_class(kernel: str) -> Any:
     return getattr(importlib.import_module(f"{_KERNELS}.{kernel}"), _CLASSES[kernel])
-
-
-def _version() -> str:
-    try:
-        return metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        return "of unknown version"

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import openai
@@ -49,7 +49,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(folder: Path, checkpoint: Path, *options: str) -> Iterator[Server]:
+def serve(folder: Path, checkpoint: Path, *options: str, env: Mapping[str, str] | None = None) -> Iterator[Server]:
     """Start `vllm serve` in a session of its own; nothing of it is left on leaving the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -57,7 +57,7 @@ def serve(folder: Path, checkpoint: Path, *options: str) -> Iterator[Server]:
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint), "--quantization", "qwantize"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *options]
     log = folder / "server.log"
-    environment = server_environment({"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"})
+    environment = server_environment({"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **(env or {})})
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True

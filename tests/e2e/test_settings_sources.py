@@ -25,6 +25,7 @@ DEFAULTS = {
     "gptq_sweeps": 0,
     "cache_dir": None,
     "ignore": [],
+    "towers": "leave",
     "strict": False,
     "backend": "auto",
 }

@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+"""Run the plugin's tests against the oldest and the newest vLLM supported.
+
+    .venv/bin/python scripts/vllm_versions.py [VERSION …]
+
+Each wheel is downloaded without dependencies, and its Python files are unpacked into .cache/vllm: beside a CPU build of
+torch neither its kernels nor those of another torch can be loaded, and nothing of them is needed to import a plugin, to
+register it and to build its layers.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from qwantize_vllm.plugin.versions import NEWEST, OLDEST
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache" / "vllm"
+
+
+def main() -> None:
+    failed = [version for version in sys.argv[1:] or (OLDEST, NEWEST) if not passes(version)]
+    if failed:
+        sys.exit(f"error: the plugin's tests fail with vLLM {', '.join(failed)}")
+
+
+def passes(version: str) -> bool:
+    folder = unpacked(version)
+    print(f"==> the plugin's tests with vLLM {version}", flush=True)
+    path = os.pathsep.join([str(ROOT), str(folder)])  # before site-packages, where another vLLM is
+    environment = {**os.environ, "PYTHONPATH": path, "QWANTIZE_TEST_VLLM": str(folder)}
+    return (
+        subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/plugin"], cwd=ROOT, env=environment).returncode
+        == 0
+    )
+
+
+def unpacked(version: str) -> Path:
+    """The folder with that version's Python files."""
+    folder = CACHE / version
+    if folder.exists():
+        return folder
+    with tempfile.TemporaryDirectory() as download:
+        print(f"==> downloading vLLM {version}, some hundred megabytes", flush=True)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+        subprocess.run([*pip, "--only-binary", ":all:", "-d", download, f"vllm=={version}"], check=True)
+        (wheel,) = Path(download).glob("*.whl")
+        unfinished = CACHE / f"{version}.unfinished"
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.endswith((".py", ".json")) or ".dist-info/" in name]
+            archive.extractall(unfinished, names)
+    return unfinished.rename(folder)
+
+
+if __name__ == "__main__":
+    main()
