@@ -66,6 +66,11 @@ class QwantizeSettings(pydantic.BaseModel):
         description="Layers left unquantized: an exact name, a glob, or re: and a regular expression. "
         "A member of a fused layer (q_proj, gate_proj) may be named.",
     )
+    quantize_gates: bool = pydantic.Field(
+        False,
+        description="Also quantize the gates of mixtures of experts, which are tiny and decide who computes: left as "
+        "they are by default. Where vLLM has a kernel of its own for a gate, it stays as it is in any case.",
+    )
     strict: bool = pydantic.Field(
         False,
         description="Refuse to start where a layer cannot be quantized, instead of leaving it as it is, or has no "

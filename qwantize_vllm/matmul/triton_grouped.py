@@ -5,8 +5,8 @@ A pair is a token and one of its top_k experts: pair p = token * top_k + i. With
 
     gate, up = W13[expert] x[token]        h[p] = ...        z[p] = W2[expert] h[p]        y[token] = sum of weight * z
 
-Each product is computed as in triton_swizzled.py, W on the left; here a program's columns are pairs of one expert, whose
-rows of x it gathers. So the pairs must be put together by expert, without the host knowing how many there are of each:
+Each product is computed as in triton_swizzled.py, W on the left; here a program's columns are pairs of one expert, and
+it gathers their rows of x. So the pairs must be put together by expert, without the host knowing how many each has:
 
 - Few pairs: program s looks at all of them. Pair s leads a tile if the pairs of its expert that come before it are a
   multiple of the tile's width; the program then takes it and those of its expert that follow. Otherwise it ends. At one
@@ -239,8 +239,8 @@ def _grouped_kernel(
 
 @triton.jit
 def _lead(ids_ptr, slot, pairs, TILE_M: tl.constexpr, PAIRS: tl.constexpr):
-    """The expert of the tile that pair `slot` leads and its pairs (TILE_M,), -1 where there are no more; expert -1 where
-    it leads none."""
+    """The expert of the tile that pair `slot` leads, -1 where it leads none, and the tile's pairs (TILE_M,), -1 where
+    there are no more."""
     pair = tl.arange(0, PAIRS)
     ids = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1)
     expert = tl.load(ids_ptr + slot)
@@ -289,5 +289,3 @@ def _sum_kernel(
     z = tl.load(z_ptr + offset[:, None] + column[None, :], mask=there[:, None] & (column < n)[None, :], other=0.0)
     y = tl.sum(z.to(tl.float32) * weight[:, None], 0)
     tl.store(y_ptr + token.to(tl.int64) * n + column, y.to(y_ptr.dtype.element_ty), mask=column < n)
-
-

@@ -1,6 +1,6 @@
 """Which pairs go into which tile of the grouped kernel, where there are too many for each program to look at all.
 
-Tiles of width W: expert e has ceil(count[e] / W) of them, after those of the experts before it. One launch: each program
+Tiles of width W: expert e has ceil(count[e] / W) of them, after those of the experts before it. One launch: a program
 counts the pairs of every expert, all of them and those before its own, and so knows where its own go:
 
     place[p] = W * (tiles of experts before e)  +  pairs of e before p

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from qwantize_vllm import __version__
 from qwantize_vllm.hessian import HessianFile
-from qwantize_vllm.layer_names import fused_members, named_parts
+from qwantize_vllm.layer_names import fused_members, matches, named_parts
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
+from qwantize_vllm.plugin.moe import QwantizeMoEMethod, expert_members, why_not_experts
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.settings import (
     ENVIRONMENT_VARIABLE,
@@ -29,12 +31,14 @@ from qwantize_vllm.settings import (
 METHOD = "qwantize"
 _CHECKPOINT = "the checkpoint's quantization_config or --hf-overrides"
 _ADDITIONAL = "--additional-config"
+# What models call the linear layers that decide which experts a token is routed to, or how much a shared one counts.
+_GATES = ("gate", "router", "shared_expert_gate")
 
 logger = init_logger(f"vllm.{__name__}")
 
 
 class QwantizeConfig(QuantizationConfig):
-    """Online NVFP4 quantization of every linear layer.
+    """Online NVFP4 quantization of every linear layer and of experts.
 
     vLLM makes one per engine and pickles it to the engine's processes, so until the first layer
     asks for its method it holds nothing but what was given.
@@ -107,22 +111,45 @@ class QwantizeConfig(QuantizationConfig):
         return self._report
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
         named = named_parts(prefix, self.settings.ignore, self.packed_modules_mapping)
         if not isinstance(layer, LinearBase):
             kind = "embedding or head" if isinstance(layer, VocabParallelEmbedding) else type(layer).__name__
             self.report.leave(prefix, layer, kind, named)
             return None
         if named:
-            self._leave_ignored(layer, prefix, named)
+            self._leave_ignored(layer, prefix, named, self._members(prefix))
+            return UnquantizedLinearMethod()
+        if (
+            isinstance(layer, ReplicatedLinear)
+            and prefix.rpartition(".")[2] in _GATES
+            and not self.settings.quantize_gates
+        ):
+            self.report.leave(prefix, layer, "gate")
             return UnquantizedLinearMethod()
         return QwantizeLinearMethod(self.settings, prefix, self.report, self._members(prefix))
 
-    def _leave_ignored(self, layer: torch.nn.Module, prefix: str, named: list[str]) -> None:
-        members = self._members(prefix)
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        """The method of all experts of a layer; None leaves them to vLLM."""
+        members = expert_members(layer, prefix)
+        named = named_parts(prefix, self.settings.ignore, {})
+        if named := named or [member for member in members if matches(member, self.settings.ignore)]:
+            self._leave_ignored(layer, prefix, named, members)
+            return None
+        if reason := why_not_experts(layer.moe_config, self.settings):
+            if self.settings.strict:
+                raise ValueError(f"qwantize: {prefix} cannot be quantized: {reason} (strict: true)")
+            logger.warning("qwantize: %s is left unquantized: %s", prefix, reason)
+            self.report.leave(prefix, layer, reason)
+            return None
+        return QwantizeMoEMethod(self.settings, prefix, self.report, layer.moe_config)
+
+    def _leave_ignored(self, layer: torch.nn.Module, prefix: str, named: list[str], members: list[str]) -> None:
         if named != [prefix] and len(named) < len(members):
             message = (
-                f"qwantize: ignore names {', '.join(named)} but not every member of {prefix} "
-                f"({', '.join(members)}), which share one weight"
+                f"qwantize: ignore names {_some(named)} but not every member of {prefix} "
+                f"({_some(members)}), which share one weight"
             )
             if self.settings.strict:
                 raise ValueError(f"{message}; name all of them, or {prefix!r} (strict: true)")
@@ -131,6 +158,15 @@ class QwantizeConfig(QuantizationConfig):
 
     def _members(self, prefix: str) -> list[str]:
         return fused_members(prefix, self.packed_modules_mapping)
+
+
+def _is_gate(layer: LinearBase, prefix: str) -> bool:
+    return isinstance(layer, ReplicatedLinear) and prefix.rpartition(".")[2] in _GATES
+
+
+def _some(names: list[str]) -> str:
+    """The names, or the first of them where they are many."""
+    return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def _environment() -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The experts of a mixture: the grouped kernel, interpreted and on a GPU, and the loop over experts, against float64."""
+"""The experts of a mixture against float64: the grouped kernel, interpreted and on a GPU, and the loop over experts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from qwantize_vllm import quantize_nvfp4
-from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.experts import ACTIVATIONS, swizzle_experts
 from qwantize_vllm.matmul.experts_cpu import activate, experts_one_by_one
 from qwantize_vllm.matmul.reference import matmul_reference
@@ -92,4 +91,5 @@ def test_one_by_one_against_float64(dtype, activation):
     x, w13, w2, weights, ids = make("cpu", 9, 4, 2, 64, 96, dtype)
     ids[3, 1] = -1
     y = experts_one_by_one(x, [w13], w2, weights, ids, activation, matmul_reference)
-    assert relative_error(y, exact(x, w13, w2, weights, ids, activation)) < 2 * TOLERANCE[dtype]  # gate and up are rounded too
+    # gate, up, their product, z and y are rounded.
+    assert relative_error(y, exact(x, w13, w2, weights, ids, activation)) < 5**0.5 * TOLERANCE[dtype]
