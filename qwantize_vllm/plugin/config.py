@@ -18,6 +18,7 @@ from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.layer_names import fused_members, matches, named_parts
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
+from qwantize_vllm.plugin.measured_experts import MeasuredExperts, measures_experts
 from qwantize_vllm.plugin.moe import QwantizeMoEMethod, expert_members, why_not_experts
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.settings import (
@@ -132,18 +133,20 @@ class QwantizeConfig(QuantizationConfig):
 
     def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
         """The method of all experts of a layer; None leaves them to vLLM."""
+        method = QwantizeMoEMethod(self.settings, prefix, self.report, layer.moe_config)
+        reason = why_not_experts(layer.moe_config, self.settings)
         members = expert_members(layer, prefix)
         named = named_parts(prefix, self.settings.ignore, {})
         if named := named or [member for member in members if matches(member, self.settings.ignore)]:
             self._leave_ignored(layer, prefix, named, members)
-            return None
-        if reason := why_not_experts(layer.moe_config, self.settings):
+            return MeasuredExperts(layer.moe_config) if measures_experts() and not reason else None
+        if reason:
             if self.settings.strict:
                 raise ValueError(f"qwantize: {prefix} cannot be quantized: {reason} (strict: true)")
             logger.warning("qwantize: %s is left unquantized: %s", prefix, reason)
             self.report.leave(prefix, layer, reason)
             return None
-        return QwantizeMoEMethod(self.settings, prefix, self.report, layer.moe_config)
+        return MeasuredExperts(layer.moe_config, method) if measures_experts() else method
 
     def _leave_ignored(self, layer: torch.nn.Module, prefix: str, named: list[str], members: list[str]) -> None:
         if named != [prefix] and len(named) < len(members):
@@ -160,7 +163,8 @@ class QwantizeConfig(QuantizationConfig):
         return fused_members(prefix, self.packed_modules_mapping)
 
 
-def _is_gate(layer: LinearBase, prefix: str) -> bool:
+def is_gate(layer: LinearBase, prefix: str) -> bool:
+    """Whether a layer decides which experts a token is routed to."""
     return isinstance(layer, ReplicatedLinear) and prefix.rpartition(".")[2] in _GATES
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import time
 from typing import Any
 
@@ -39,8 +39,6 @@ def why_not_experts(moe: FusedMoEConfig, settings: QwantizeSettings) -> str | No
         return f"experts with activation {moe.activation.value}{' and '.join(['', *limits])} are not supported yet"
     if any(size % settings.block_size for size in sizes):
         return f"K={sizes[0]} and K={sizes[1]} are not multiples of block_size {settings.block_size}"
-    if settings.refine == "gptq":
-        return "refine: gptq does not take experts yet; refine: codes does"
     return None
 
 
@@ -63,6 +61,10 @@ class QwantizeMoEMethod(FusedMoEMethodBase):
     def __init__(self, settings: QwantizeSettings, name: str, report: LoadReport, moe: FusedMoEConfig) -> None:
         super().__init__(moe)
         self.settings, self.name, self.report = settings, name, report
+        self.search = settings.scale_search
+        # Full Hessians of experts are not measured: where gptq is asked for, there are none.
+        self.refine = "none" if settings.refine == "gptq" else settings.refine
+        self._unreached: set[int] = set()
         self._form: ExpertForm | None = None
 
     def create_weights(
@@ -79,16 +81,12 @@ class QwantizeMoEMethod(FusedMoEMethodBase):
         Raises:
             ValueError: the Hessian file does not fit the layer.
         """
-        layer.num_experts = num_experts
-        shapes = {
-            "w13": (num_experts, 2 * intermediate_size_per_partition, hidden_size),
-            "w2": (num_experts, hidden_size, intermediate_size_per_partition),
-        }
-        for name, shape in shapes.items():
-            empty = torch.empty(shape, dtype=params_dtype, device="meta")
-            weight = torch.nn.Parameter(empty, requires_grad=False)
-            layer.register_parameter(f"{name}_weight", weight)
-            set_weight_attrs(weight, extra_weight_attrs)
+        add_dense_weights(
+            layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **extra_weight_attrs
+        )
+        if self.settings.hessian is not None:
+            # Here, so that a file that does not fit is refused before weights are read.
+            self._find_hessians(layer, hidden_size)
         self.report.expect(self.name)
         initialize_online_processing(layer)
 
@@ -122,13 +120,56 @@ class QwantizeMoEMethod(FusedMoEMethodBase):
                 f"qwantize: {self.name}: {name} of all experts: {describe_nonfinite(weight)} (on this rank)"
             )
         scales = resolve_global_scale(amax, "none" if self.settings.global_scale == "none" else "amax")
-        search = functools.partial(search_nvfp4, scale_search=self.settings.scale_search, refine=self.settings.refine)
         step = max(1, _CHUNK_ELEMENTS // weight[0].numel())
-        parts = [
-            search(matrices[i : i + step], block_size=self.settings.block_size, global_scale=scales[i : i + step])
-            for i in range(0, len(weight), step)
-        ]
-        return concatenate(parts)
+        parts = [slice(start, start + step) for start in range(0, len(weight), step)]
+        return concatenate([self._search(layer, name, matrices[part], scales[part], part) for part in parts])
+
+    def _search(
+        self, layer: RoutedExperts, name: str, matrices: torch.Tensor, scales: torch.Tensor, part: slice
+    ) -> Nvfp4Tensor:
+        """Some of the experts (e, members, N/members, K), those whose numbers on this rank are `part`."""
+        block_size = self.settings.block_size
+        if self.search != "hessian":
+            return search_nvfp4(matrices, self.search, block_size, scales)
+        experts = local_experts(layer)[part]
+        hessians = self._hessians(layer, name, experts, matrices.shape[-1]).to(matrices.device)
+        q = search_nvfp4(matrices, "hessian", block_size, scales, hessians[:, None], refine=self.refine)
+        if unreached := [i for i, expert in enumerate(experts) if expert in self._unreached]:
+            other = search_nvfp4(matrices[unreached], "optimal", block_size, scales[unreached])
+            q.codes[unreached] = other.codes
+            q.block_scales.view(torch.uint8)[unreached] = other.block_scales.view(torch.uint8)
+        return q
+
+    def _find_hessians(self, layer: RoutedExperts, hidden_size: int) -> None:
+        """See that the file has this rank's experts; if it has not, and may, they are searched without.
+
+        Raises:
+            ValueError: it does not fit; or it has not all of them, or was measured without reaching all, and strict.
+        """
+        file, block_size = _hessian_file(self.settings), self.settings.block_size
+        experts, strict = local_experts(layer), self.settings.strict
+        names = {name: [f"{self.name}.{expert}.{name}" for expert in experts] for name in WEIGHTS}
+        if not strict and not all(file.has([each]) for each in itertools.chain(*names.values())):
+            self.search = "optimal"
+            self.report.without_hessian(self.name)
+            return
+        sizes = {"w13": hidden_size, "w2": self.moe.intermediate_size}
+        for name, each in names.items():
+            file.check_blocks(each, sizes[name] // block_size)
+        seen = file.read_each(names["w13"], 0, sizes["w13"] // block_size).flatten(1).any(1)
+        self._unreached = {expert for expert, reached in zip(experts, seen.tolist(), strict=True) if not reached}
+        if self._unreached:
+            message = f"qwantize: {self.name}: no token of {file.path} was routed to experts {sorted(self._unreached)}"
+            if strict:
+                raise ValueError(f"{message}; calibrate on more text (strict: true)")
+            logger.warning("%s; they are searched by optimal", message)
+
+    def _hessians(self, layer: RoutedExperts, name: str, experts: list[int], k: int) -> torch.Tensor:
+        """Block Hessians of some experts (e, K/block_size, block_size, block_size), those of this rank's K."""
+        blocks = k // self.settings.block_size
+        start = self.moe.tp_rank * blocks if name == "w2" else 0
+        names = [f"{self.name}.{expert}.{name}" for expert in experts]
+        return _hessian_file(self.settings).read_each(names, start, start + blocks)
 
     def apply(
         self,
@@ -142,8 +183,7 @@ class QwantizeMoEMethod(FusedMoEMethodBase):
         """x (M, K) -> (M, K): the experts of this rank; vLLM has computed the shared ones, and adds up ranks."""
         if self._form is None:
             raise RuntimeError(f"qwantize: {self.name} is called before its weights were loaded")
-        if layer.apply_router_weight_on_input:
-            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
+        x, topk_weights = weighted_input(layer, x, topk_weights)
         return self._form.apply(layer, x, topk_weights, topk_ids)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
@@ -151,6 +191,43 @@ class QwantizeMoEMethod(FusedMoEMethodBase):
 
     def maybe_make_prepare_finalize(self, *args: Any, **kwargs: Any) -> None:
         """None, which vLLM 0.25 asks for: tokens are exchanged among data-parallel ranks before and after `apply`."""
+
+
+def add_dense_weights(
+    layer: RoutedExperts,
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size_per_partition: int,
+    params_dtype: torch.dtype,
+    **extra_weight_attrs: Any,
+) -> None:
+    """Create w13_weight (E, 2I, K) and w2_weight (E, K, I) on the meta device."""
+    layer.num_experts = num_experts
+    shapes = {
+        "w13": (num_experts, 2 * intermediate_size_per_partition, hidden_size),
+        "w2": (num_experts, hidden_size, intermediate_size_per_partition),
+    }
+    for name, shape in shapes.items():
+        weight = torch.nn.Parameter(torch.empty(shape, dtype=params_dtype, device="meta"), requires_grad=False)
+        layer.register_parameter(f"{name}_weight", weight)
+        set_weight_attrs(weight, extra_weight_attrs)
+
+
+def weighted_input(
+    layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and the weights of the results; some models, of one expert a token, weight x instead."""
+    if not layer.apply_router_weight_on_input:
+        return x, topk_weights
+    return x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
+
+
+def local_experts(layer: RoutedExperts) -> list[int]:
+    """The numbers that this rank's experts have in the model, in the order in which it holds them."""
+    if layer.expert_map is None:
+        return list(range(layer.local_num_experts))
+    places = layer.expert_map.tolist()
+    return sorted((expert for expert, place in enumerate(places) if place >= 0), key=places.__getitem__)
 
 
 def energies_of(weight: torch.Tensor, q: Nvfp4Tensor) -> tuple[torch.Tensor, torch.Tensor]:

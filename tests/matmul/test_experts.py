@@ -56,8 +56,7 @@ def grouped(x, w13, w2, weights, ids, activation="silu", shapes=None):
     return experts_swizzled(x, *swizzled(w13, w2), weights, ids, activation, shapes)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize(("dtype", "block_size"), [(torch.bfloat16, 16), (torch.float16, 32)])
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 4, 2), (7, 8, 3), (40, 2, 1), (140, 5, 2)])
 def test_grouped_against_float64(kernel_on, dtype, block_size, tokens, experts, top_k):
     pytest.importorskip("triton")
