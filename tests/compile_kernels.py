@@ -20,9 +20,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from qwantize_vllm.matmul import grouped_shapes
 from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, ELSEWHERE, RULES, TileShape
 from qwantize_vllm.matmul.triton_dequantize import _dequantize_kernel
 from qwantize_vllm.matmul.triton_fused import _fused_kernel, _reduce_kernel
+from qwantize_vllm.matmul.triton_grouped import _grouped_kernel, _sum_kernel
+from qwantize_vllm.matmul.triton_plan import _plan_kernel
 from qwantize_vllm.matmul.triton_swizzled import _swizzled_kernel
 from qwantize_vllm.matmul.triton_unswizzle import _unswizzle_kernel
 from qwantize_vllm.matmul.wgmma_shapes import STEPS
@@ -80,6 +83,29 @@ def variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, A
         yield _reduce_kernel, pointers, {"HAS_BIAS": bias, "TILE": 1024}
 
 
+def expert_variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Those for the experts of a mixture: one shape of each rule, with gate and up and with down in turn."""
+    rules = grouped_shapes.RULES.get(capability // 10, grouped_shapes.ELSEWHERE)
+    for number, rule in enumerate(rules):
+        shape, activation = (rule.gate_up, "silu") if number % 2 == 0 else (rule.down, "none")
+        dtype, block = (("*bf16", 16), ("*fp16", 32))[number % 2]
+        pointers = {
+            "x_ptr": dtype,
+            "y_ptr": dtype,
+            "words_ptr": "*i16",
+            "scales_ptr": "*i32" if block == 16 else "*i16",
+        }
+        pointers |= {"global_scales_ptr": "*fp32", "ids_ptr": "*i32", "plan_ptr": "*i32"}
+        tile = {"TILE_M": shape.tokens, "GROUPS": shape.groups, "STEPS": shape.steps, "STAGES": shape.stages}
+        flags = {"MEMBERS": 1 + number % 2, "BLOCK_SIZE": block, "PAIRS": 0 if shape.tokens > 16 else 64}
+        yield _grouped_kernel, pointers, {**tile, **flags, "WHOLE_K": True, "ACTIVATION": activation, "PTX": True}
+    plan = {"WIDTH": 16, "BINS": 256, "OWN": 128, "READ": 2048}
+    yield _plan_kernel, {"ids_ptr": "*i32", "plan_ptr": "*i32"}, plan
+    for partial in ("*bf16", "*fp32"):
+        pointers = {"z_ptr": partial, "weights_ptr": "*fp32", "ids_ptr": "*i32", "y_ptr": "*bf16"}
+        yield _sum_kernel, pointers, {"PARTS": 16, "COLUMNS": 512}
+
+
 def warps(kernel: Any, constants: dict[str, Any]) -> int:
     """A search has one warp a program; most others Triton's default."""
     if kernel is _prepare_hessian_kernel:
@@ -108,7 +134,7 @@ def wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
 
 def compile_all(capability: int) -> None:
     hopper = wgmma_variants() if capability == 90 else ()
-    for kernel, pointers, constants in itertools.chain(variants(capability), hopper):
+    for kernel, pointers, constants in itertools.chain(variants(capability), expert_variants(capability), hopper):
         signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
         indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
         source_type = GluonASTSource if kernel.is_gluon() else ASTSource

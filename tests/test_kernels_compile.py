@@ -21,6 +21,9 @@ KERNELS = {
     "_reduce_kernel",
     "_swizzled_kernel",
     "_unswizzle_kernel",
+    "_grouped_kernel",
+    "_plan_kernel",
+    "_sum_kernel",
 }
 ON_HOPPER = {"_wgmma_kernel"}
 
