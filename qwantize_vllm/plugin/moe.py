@@ -102,7 +102,8 @@ class QwantizeMoEMethod(FusedMoEMethodBase):
         dense = {name: getattr(layer, f"{name}_weight").data for name in WEIGHTS}
         before, dtype = sum(weight.nbytes for weight in dense.values()), dense["w2"].dtype
         quantized = {name: self.quantize(layer, name, weight) for name, weight in dense.items()}
-        energies = [energies_of(dense[name], quantized[name]) for name in WEIGHTS]
+        parts = [part for name in WEIGHTS for part in matrices_of(dense[name], quantized[name])]
+        energies = [signal_and_noise(*part) for part in parts]
         signal, noise = (float(sum(each)) for each in zip(*energies, strict=True))
         experts = QuantizedExperts(quantized["w13"], quantized["w2"], dtype)
         self._form = self._form or choose_expert_form(self.settings, experts, self.name)
@@ -230,12 +231,11 @@ def local_experts(layer: RoutedExperts) -> list[int]:
     return sorted((expert for expert, place in enumerate(places) if place >= 0), key=places.__getitem__)
 
 
-def energies_of(weight: torch.Tensor, q: Nvfp4Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Signal and noise of all matrices of a weight (E, N, K); see search/quality.py."""
+def matrices_of(weight: torch.Tensor, q: Nvfp4Tensor) -> list[tuple[torch.Tensor, Nvfp4Tensor]]:
+    """The matrices (N/members, K) of all experts, from (E, N, K), each with what became of it."""
     matrices = weight.unflatten(1, (q.shape[1], -1)).flatten(0, 1)
     flat = Nvfp4Tensor(q.codes.flatten(0, 1), q.block_scales.flatten(0, 1), q.global_scale.flatten(), q.block_size)
-    signal, noise = zip(*(signal_and_noise(matrices[i], flat[i]) for i in range(len(matrices))), strict=True)
-    return torch.stack(signal).sum(), torch.stack(noise).sum()
+    return [(matrices[i], flat[i]) for i in range(len(matrices))]
 
 
 def concatenate(parts: list[Nvfp4Tensor]) -> Nvfp4Tensor:
