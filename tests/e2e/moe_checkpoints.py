@@ -84,11 +84,11 @@ NAMES = {
 }
 
 
-def write_moe(path: Path, config: Mapping[str, Any]) -> Path:
+def write_moe(path: Path, config: Mapping[str, Any], seed: int = 0) -> Path:
     """A random-weight checkpoint of one of the configs above, without a tokenizer."""
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
-    save_file(_random_weights(config), path / "model.safetensors", metadata={"format": "pt"})
+    save_file(_random_weights(config, seed), path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 
@@ -110,8 +110,8 @@ def stacked(config: Mapping[str, Any], quantized: Mapping[str, Nvfp4Tensor], mix
     return weights
 
 
-def _random_weights(config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def _random_weights(config: Mapping[str, Any], seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * scale / math.sqrt(shape[-1])).bfloat16()

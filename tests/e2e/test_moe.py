@@ -18,6 +18,7 @@ from .conftest import TINY_PROMPTS
 from .moe_checkpoints import DEEPSEEK, EXPERTS, HIDDEN, INNER, MIXTRAL, QWEN3, mixture_layers, stacked, write_moe
 from .probe import probe
 from .test_commands import qwantize
+from .test_reload import reload_twice
 from .test_tensor_parallel import TWO_RANKS
 
 pytestmark = pytest.mark.e2e
@@ -121,6 +122,24 @@ def test_two_ranks_hold_the_codes_of_one(engines, tmp_path, expert_parallel):
                 halves = [half for pair in zip(first.chunk(2, 1), second.chunk(2, 1), strict=True) for half in pair]
                 assert torch.equal(torch.cat(halves, dim=1), whole), name
     assert largest_difference(one.result["own_scores"], two.result["scores"]) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3", "deepseek"])
+def test_reloaded_experts_are_those_of_a_fresh_start(engines, tmp_path, name):
+    config = MODELS[name]
+    checkpoint = write_moe(tmp_path / "checkpoint", config)
+    other = write_moe(tmp_path / "other", config, seed=1)
+    use = functools.partial(reload_twice, other=str(other))
+    first, same, changed = engines.start(checkpoint, use, **ARGUMENTS).result
+    fresh = engines.start(other, **ARGUMENTS).result
+    for states, now in ((first, checkpoint), (same, checkpoint), (changed, other)):
+        expected = quantize_checkpoint(now, torch.float32)
+        for mixture in mixture_layers(config):
+            assert_serves_experts(states["models"][0]["tensors"], mixture, stacked(config, expected, mixture))
+    assert same["own_scores"] == first["own_scores"]
+    assert changed["own_scores"] == fresh["own_scores"] != first["own_scores"]
+    assert first["addresses"] == same["addresses"] == changed["addresses"]
 
 
 @pytest.mark.slow  # half a minute: an engine to calibrate, another to serve
