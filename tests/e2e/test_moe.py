@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import shutil
 import statistics
 
 import pytest
@@ -122,6 +123,20 @@ def test_two_ranks_hold_the_codes_of_one(engines, tmp_path, expert_parallel):
                 halves = [half for pair in zip(first.chunk(2, 1), second.chunk(2, 1), strict=True) for half in pair]
                 assert torch.equal(torch.cat(halves, dim=1), whole), name
     assert largest_difference(one.result["own_scores"], two.result["scores"]) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_graph_holds_one_op_for_all_experts_of_a_layer(engines, tmp_path):
+    checkpoint = write_moe(tmp_path / "checkpoint", QWEN3)
+    eager = engines.start(checkpoint, **ARGUMENTS)
+    use = functools.partial(probe, prompts=TINY_PROMPTS, sequences=sequences_of(eager))
+    cache = {"VLLM_CACHE_ROOT": str(tmp_path)}
+    compiled = engines.start(checkpoint, use, **ARGUMENTS, enforce_eager=False, env=cache)
+    generated = [file.read_text() for file in tmp_path.rglob("inductor_cache/**/*.py")]
+    (model,) = [code for code in generated if "qwantize" in code]
+    assert model.count("= torch.ops.qwantize.experts.default(") == len(mixture_layers(QWEN3))
+    assert largest_difference(eager.result["own_scores"], compiled.result["scores"]) <= 1e-4
 
 
 @pytest.mark.slow
