@@ -25,7 +25,7 @@ from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, ELSEWHERE, RULES, TileS
 from qwantize_vllm.matmul.triton_dequantize import _dequantize_kernel
 from qwantize_vllm.matmul.triton_fused import _fused_kernel, _reduce_kernel
 from qwantize_vllm.matmul.triton_grouped import _grouped_kernel, _sum_kernel
-from qwantize_vllm.matmul.triton_plan import _plan_kernel
+from qwantize_vllm.matmul.triton_plan import _count_kernel, _place_kernel
 from qwantize_vllm.matmul.triton_swizzled import _swizzled_kernel
 from qwantize_vllm.matmul.triton_unswizzle import _unswizzle_kernel
 from qwantize_vllm.matmul.wgmma_shapes import STEPS
@@ -99,11 +99,12 @@ def expert_variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict
         tile = {"TILE_M": shape.tokens, "GROUPS": shape.groups, "STEPS": shape.steps, "STAGES": shape.stages}
         flags = {"MEMBERS": 1 + number % 2, "BLOCK_SIZE": block, "PAIRS": 0 if shape.tokens > 16 else 64}
         yield _grouped_kernel, pointers, {**tile, **flags, "WHOLE_K": True, "ACTIVATION": activation, "PTX": True}
-    plan = {"WIDTH": 16, "BINS": 256, "OWN": 128, "READ": 2048}
-    yield _plan_kernel, {"ids_ptr": "*i32", "plan_ptr": "*i32"}, plan
+    plan = {"ids_ptr": "*i32", "plan_ptr": "*i32", "counts_ptr": "*i32"}
+    yield _count_kernel, plan, {"BINS": 256, "CHUNK": 1024}
+    yield _place_kernel, plan, {"BINS": 256, "CHUNK": 1024, "WIDTH": 16, "OWN": 128}
     for partial in ("*bf16", "*fp32"):
         pointers = {"z_ptr": partial, "weights_ptr": "*fp32", "ids_ptr": "*i32", "y_ptr": "*bf16"}
-        yield _sum_kernel, pointers, {"PARTS": 16, "COLUMNS": 512}
+        yield _sum_kernel, {**pointers, "places_ptr": "*i32"}, {"TOP_K": 8, "COLUMNS": 512}
 
 
 def warps(kernel: Any, constants: dict[str, Any]) -> int:
@@ -130,6 +131,27 @@ def wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         names = {"TOKENS": shape.tokens, "GROUPS": shape.groups, "X_TILES": shape.x_tiles}
         stages = {"X_STAGES": shape.x_stages, "STAGES": shape.stages}
         yield _wgmma_kernel, types, {**names, **stages, "BLOCK_SIZE": block, "num_warps": 4}
+    yield from grouped_wgmma_variants()
+
+
+def grouped_wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Each shape once, with gate and up and with down in turn."""
+    from qwantize_vllm.matmul.gluon_grouped import H_LAYOUT, _grouped_wgmma_kernel
+    from qwantize_vllm.matmul.gluon_wgmma import FLAT_LAYOUTS, X_LAYOUT
+
+    for number, shape in enumerate(STEPS):
+        dtype, block, scales = (("bf16", 16, torch.int32), ("fp16", 32, torch.int16))[number % 2]
+        width, layout, activation = ((32, H_LAYOUT, "silu"), (64, X_LAYOUT, "none"))[number % 2]
+        types = {
+            "x_desc": f"tensordesc<{dtype}[{shape.tokens}, 64],{X_LAYOUT!r}>",
+            "words_desc": f"tensordesc<i16[16, 256],{FLAT_LAYOUTS[torch.int16]!r}>",
+            "scales_desc": f"tensordesc<i{8 * scales.itemsize}[1, 256],{FLAT_LAYOUTS[scales]!r}>",
+            "y_desc": f"tensordesc<{dtype}[{shape.tokens}, {width}],{layout!r}>",
+            **{"global_scales_ptr": "*fp32", "plan_ptr": "*i32"},
+        }
+        names = {"TOKENS": shape.tokens, "GROUPS": shape.groups, "X_TILES": shape.x_tiles, "ACTIVATION": activation}
+        stages = {"X_STAGES": shape.x_stages, "STAGES": shape.stages, "MEMBERS": 1 + number % 2}
+        yield _grouped_wgmma_kernel, types, {**names, **stages, "BLOCK_SIZE": block, "num_warps": 4}
 
 
 def compile_all(capability: int) -> None:

@@ -22,10 +22,11 @@ KERNELS = {
     "_swizzled_kernel",
     "_unswizzle_kernel",
     "_grouped_kernel",
-    "_plan_kernel",
+    "_count_kernel",
+    "_place_kernel",
     "_sum_kernel",
 }
-ON_HOPPER = {"_wgmma_kernel"}
+ON_HOPPER = {"_wgmma_kernel", "_grouped_wgmma_kernel"}
 
 
 SLOW = [pytest.param(capability, marks=pytest.mark.slow) for capability in (80, 89, 100, 120)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qwantize_vllm.format import Nvfp4Tensor
-from qwantize_vllm.matmul.backends import BACKENDS, choose_backend, run_swizzled
+from qwantize_vllm.matmul.backends import BACKENDS, choose_backend, run_experts, run_swizzled
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.experts_cpu import experts_one_by_one, members_of
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
@@ -116,11 +116,9 @@ def experts_swizzled_op(
 ) -> torch.Tensor:
     """As `experts_op`, from words, scales and global scales of SwizzledExperts (2 * intermediate, K) and
     (out, intermediate)."""
-    from qwantize_vllm.matmul.triton_grouped import experts_swizzled
-
     first = SwizzledExperts(w13[0], w13[1], w13[2], (2 * intermediate, x.shape[1]), block_size, gated=True)
     second = SwizzledExperts(w2[0], w2[1], w2[2], (out, intermediate), block_size, gated=False)
-    return experts_swizzled(x, first, second, topk_weights, topk_ids, activation)
+    return run_experts(x, first, second, topk_weights, topk_ids, activation)
 
 
 @experts_swizzled_op.register_fake

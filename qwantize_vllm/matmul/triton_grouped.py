@@ -38,7 +38,7 @@ from qwantize_vllm.matmul.triton_fragments import (
     load_words,
     rescale,
 )
-from qwantize_vllm.matmul.triton_plan import make_plan
+from qwantize_vllm.matmul.triton_plan import make_plan, slots_for
 from qwantize_vllm.matmul.triton_swizzled import _product
 
 # Up to the last of these numbers of pairs every program finds its own; it is compiled for each.
@@ -91,28 +91,39 @@ def experts_swizzled(
     splits = _splits(x.device, tiles, w2, second)
     z = torch.empty(splits, pairs, w2.shape[0], dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
     _launch(h, w2, tiles, z, second, 1, splits, "none")
-    weights = topk_weights.reshape(-1)
-    _sum_kernel[(tokens, triton.cdiv(w2.shape[0], _SUM_COLUMNS))](
-        z,
-        weights,
-        ids,
-        y,
-        pairs,
-        w2.shape[0],
-        top_k,
-        splits,
-        PARTS=triton.next_power_of_2(top_k * splits),
-        COLUMNS=_SUM_COLUMNS,
-        num_warps=4,
-    )
+    sum_experts(z, topk_weights, ids, None, y)
     return y
+
+
+def sum_experts(
+    z: torch.Tensor, topk_weights: torch.Tensor, ids: torch.Tensor, places: torch.Tensor | None, y: torch.Tensor
+) -> None:
+    """y (M, N): of each token the weighted sum over its pairs, and over slices of K.
+
+    z: (slices, rows, N). ids: int32 (pairs,), negative: not there. places: int32 (pairs,), the row of each, default
+    their order.
+    """
+    (splits, rows, n), (tokens, top_k) = z.shape, topk_weights.shape
+    _sum_kernel[(tokens, triton.cdiv(n, _SUM_COLUMNS))](
+        z,
+        topk_weights,
+        ids,
+        places,
+        y,
+        rows,
+        n,
+        splits,
+        TOP_K=top_k,
+        COLUMNS=_SUM_COLUMNS,
+        num_warps=2,
+    )
 
 
 def _tiles(ids: torch.Tensor, experts: int, width: int) -> Tiles:
     pairs = len(ids)
     if pairs <= _FEW_PAIRS[-1]:
         return Tiles(ids, experts, width, pairs, None)
-    slots = min(pairs, triton.cdiv(pairs, width) + experts)
+    slots = slots_for(pairs, experts, width)
     return Tiles(ids, experts, width, slots, make_plan(ids, experts, width, slots))
 
 
@@ -275,17 +286,26 @@ def _activate(gate, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _sum_kernel(
-    z_ptr, weights_ptr, ids_ptr, y_ptr, pairs, n, top_k, splits, PARTS: tl.constexpr, COLUMNS: tl.constexpr
+    z_ptr,
+    weights_ptr,
+    ids_ptr,
+    places_ptr,
+    y_ptr,
+    rows,
+    n,
+    splits,
+    TOP_K: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """y[token] = sum over its pairs and the slices of K of weight * z, in float32, in the same order every time."""
     token = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    part = tl.arange(0, PARTS)
-    pair, split = token * top_k + part % top_k, part // top_k
-    there = split < splits
-    there = there & (tl.load(ids_ptr + pair, mask=there, other=-1) >= 0)
-    weight = tl.load(weights_ptr + pair, mask=there, other=0.0).to(tl.float32)
-    offset = (split.to(tl.int64) * pairs + pair) * n
-    z = tl.load(z_ptr + offset[:, None] + column[None, :], mask=there[:, None] & (column < n)[None, :], other=0.0)
-    y = tl.sum(z.to(tl.float32) * weight[:, None], 0)
+    y = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for split in range(0, splits):
+        for choice in tl.static_range(TOP_K):
+            pair = token * TOP_K + choice
+            end = tl.where(tl.load(ids_ptr + pair) >= 0, n, 0)
+            row = pair if places_ptr is None else tl.load(places_ptr + pair)
+            z = tl.load(z_ptr + (split * rows + row).to(tl.int64) * n + column, mask=column < end, other=0.0)
+            y += z.to(tl.float32) * tl.load(weights_ptr + pair).to(tl.float32)
     tl.store(y_ptr + token.to(tl.int64) * n + column, y.to(y_ptr.dtype.element_ty), mask=column < n)
