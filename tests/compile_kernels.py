@@ -136,9 +136,10 @@ def wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
 
 def grouped_wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """Each shape once, with gate and up and with down in turn."""
-    from qwantize_vllm.matmul.gluon_grouped import H_LAYOUT, _grouped_wgmma_kernel
+    from qwantize_vllm.matmul.gluon_grouped import H_LAYOUT, _copy_kernel, _grouped_wgmma_kernel
     from qwantize_vllm.matmul.gluon_wgmma import FLAT_LAYOUTS, X_LAYOUT
 
+    yield _copy_kernel, {"x_ptr": "*bf16", "pairs_ptr": "*i32", "out_ptr": "*bf16"}, {"COLUMNS": 1024}
     for number, shape in enumerate(STEPS):
         dtype, block, scales = (("bf16", 16, torch.int32), ("fp16", 32, torch.int16))[number % 2]
         width, layout, activation = ((32, H_LAYOUT, "silu"), (64, X_LAYOUT, "none"))[number % 2]
