@@ -13,6 +13,7 @@ from qwantize_vllm.matmul.swizzle import ROWS, swizzle
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 # Rows of gate that rows of up follow: both of a pair are then in one thread's registers (swizzle.py, rows r and r + 8).
 _TURN = 8
+_CHUNK_ELEMENTS = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,28 +55,18 @@ def swizzle_experts(
     if gated and n % (2 * _TURN):
         raise ValueError(f"gate and up must have a multiple of {_TURN} rows each, got {n} together")
     order = in_turn(n).to(codes.device) if gated else slice(None)
-    words = scales = None
-    for expert in range(experts):
-        matrix = Nvfp4Tensor(codes[expert][order], _rows(block_scales[expert], order), global_scales[0, 0], block_size)
-        one = swizzle(matrix)
-        if words is None or scales is None:
-            words = one.words.new_empty((experts, *one.words.shape))
-            scales = one.scales.new_empty((experts, *one.scales.shape))
-        words[expert], scales[expert] = one.words, one.scales
-    if words is None or scales is None:
-        raise ValueError("there are no experts")
-    return SwizzledExperts(words, scales, global_scales, (n, 2 * half_k), block_size, gated)
+    # Experts of whole groups of rows are swizzled several at a time, one below the other.
+    step = max(1, _CHUNK_ELEMENTS // (2 * n * half_k)) if n % ROWS == 0 else 1
+    words, scales = [], []
+    for start in range(0, experts, step):
+        some = codes[start : start + step, order]
+        some_scales = block_scales[start : start + step].view(torch.uint8)[:, order].view(block_scales.dtype)
+        one = swizzle(Nvfp4Tensor(some.flatten(0, 1), some_scales.flatten(0, 1), global_scales[0, 0], block_size))
+        words.append(one.words.unflatten(0, (len(some), -1)))
+        scales.append(one.scales.unflatten(0, (len(some), -1)))
+    return SwizzledExperts(torch.cat(words), torch.cat(scales), global_scales, (n, 2 * half_k), block_size, gated)
 
 
 def in_turn(n: int) -> torch.Tensor:
     """Where row i of (8 rows of gate, 8 of up, 8 of gate, ...) is in (gate, up): int64 (n,)."""
     return torch.arange(n, dtype=torch.int64, device="cpu").view(2, -1, _TURN).transpose(0, 1).reshape(-1)
-
-
-def _rows(scales: torch.Tensor, order: torch.Tensor | slice) -> torch.Tensor:
-    return scales.view(torch.uint8)[order].view(scales.dtype)  # float8 is not indexed everywhere; its bytes are
-
-
-def row_tiles(weight: SwizzledExperts) -> int:
-    """Groups of 64 rows of one expert."""
-    return -(-weight.shape[0] // ROWS)
