@@ -1,4 +1,4 @@
-"""vLLM's own Marlin kernel for NVFP4 experts, fed with the codes and scales of this package.
+"""vLLM's own kernels for experts: Marlin, fed with the codes and scales of this package, and the dense one to compare.
 
 Written from the sources of vLLM 0.25.1 and 0.32.0. Nothing of its kernels is imported before a function is called.
 """
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from qwantize_vllm.format import Nvfp4Tensor
 
 _PREPARE = "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4"
 _MULTIPLY = "vllm.model_executor.layers.fused_moe.experts.marlin_moe"
@@ -77,3 +79,30 @@ class MarlinExperts:
             workspace=self._workspace,
         )
         return y
+
+
+def marlin_experts(w13: Tensors, w2: Tensors, dtype: torch.dtype) -> Any:
+    """(x, weights, ids of the experts of each token) -> the result, outside of a model, all experts on this GPU.
+
+    Raises:
+        ValueError: the kernel cannot run here.
+    """
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    if reason := why_not_marlin(dtype):
+        raise ValueError(reason)
+    layer: Any = torch.nn.Module()
+    experts = MarlinExperts()
+    layer.num_experts = layer.global_num_experts = w13[0].shape[0]
+    layer.hidden_size, layer.intermediate_size_per_partition = w2[0].shape[1], 2 * w2[0].shape[2]
+    layer.activation, layer.expert_map = MoEActivation.SILU, None
+    kept = experts.prepare(layer, w13, w2, dtype)
+    return lambda x, weights, ids: experts.apply(layer, x, kept["w13"], kept["w2"], weights, ids)
+
+
+def dense_experts(w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> Any:
+    """As `marlin_experts`, with the dequantized weights in bfloat16."""
+    from vllm.model_executor.layers.fused_moe import fused_experts
+
+    a, b = w13.dequantize(torch.bfloat16), w2.dequantize(torch.bfloat16)
+    return lambda x, weights, ids: fused_experts(x, a, b, weights, ids)
