@@ -12,7 +12,8 @@ pytest.importorskip("vllm")
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 
-from qwantize_vllm import QwantizeSettings, block_hessian
+from qwantize_vllm import QwantizeSettings, block_hessian, quantize_nvfp4
+from qwantize_vllm.hessian import save_hessians
 from qwantize_vllm.plugin.config import QwantizeConfig
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
 from qwantize_vllm.plugin.measured_experts import ExpertSums, MeasuredExperts
@@ -103,9 +104,6 @@ def test_experts_measure_what_is_routed_to_them():
 
 
 def test_an_expert_that_was_never_reached_is_searched_by_optimal(tmp_path):
-    from qwantize_vllm import quantize_nvfp4
-    from qwantize_vllm.hessian import save_hessians
-
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(2, 64, 64, generator=generator)
     hessian = block_hessian(torch.randn(100, 64, generator=generator) @ torch.randn(64, 64, generator=generator))
@@ -129,3 +127,26 @@ def test_an_expert_that_was_never_reached_is_searched_by_optimal(tmp_path):
     method = QwantizeMoEMethod(strict, "mlp.experts", LoadReport(strict), moe)
     with pytest.raises(ValueError, match=r"mlp.experts: no token .* routed to experts \[1\]; calibrate on more text"):
         method._find_hessians(layer, 64)
+
+
+def test_nan_is_refused_with_the_layers_name():
+    method = QwantizeMoEMethod(QwantizeSettings(), "mlp.experts", LoadReport(QwantizeSettings()), moe_config())
+    weight = torch.ones(3, 64, 64)
+    weight[1, 5, 7] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"qwantize: mlp.experts: w13 of all experts: weight \(3, 64, 64\) holds 1 NaN and 0 infinite"
+    ):
+        method.quantize(None, "w13", weight)
+
+
+def test_gate_and_up_have_a_global_scale_each_where_asked_for():
+    settings = QwantizeSettings(global_scale="amax_per_member")
+    method = QwantizeMoEMethod(settings, "mlp.experts", LoadReport(settings), moe_config())
+    weight = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    q = method.quantize(None, "w13", weight)
+    assert q.shape == (3, 2, 32, 64)
+    for expert, member in ((0, 0), (2, 1)):
+        alone = quantize_nvfp4(weight[expert].chunk(2)[member])
+        assert torch.equal(q.codes[expert, member], alone.codes)
+        assert torch.equal(q.global_scale[expert, member], alone.global_scale)
+    assert method.quantize(None, "w2", weight).shape == (3, 1, 64, 64)
