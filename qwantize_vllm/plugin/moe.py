@@ -37,6 +37,8 @@ def why_not_experts(moe: FusedMoEConfig, settings: QwantizeSettings) -> str | No
         return "experts with biases are not supported yet"
     if moe.activation.value not in ACTIVATIONS or limits:
         return f"experts with activation {moe.activation.value}{' and '.join(['', *limits])} are not supported yet"
+    if moe.is_lora_enabled:
+        return "with LoRA vLLM puts kernels of its own in the experts' place"
     if any(size % settings.block_size for size in sizes):
         return f"K={sizes[0]} and K={sizes[1]} are not multiples of block_size {settings.block_size}"
     return None

@@ -40,6 +40,7 @@ def test_gates_are_left_unless_asked_for(name):
 
 def moe_config(**changes):
     values = {"hidden_dim": 64, "intermediate_size_per_partition": 32, "has_bias": False, "swiglu_limit": None}
+    values["is_lora_enabled"] = False
     return types.SimpleNamespace(**values | {"activation": MoEActivation.SILU, "tp_rank": 0, "tp_size": 1} | changes)
 
 
@@ -50,6 +51,7 @@ def moe_config(**changes):
         ({"has_bias": True}, "biases"),
         ({"activation": MoEActivation.SWIGLUOAI}, "activation swigluoai"),
         ({"activation": MoEActivation.RELU2_NO_MUL}, "activation relu2_no_mul"),
+        ({"is_lora_enabled": True}, "LoRA"),
         ({"swiglu_limit": 7.0}, "silu and swiglu_limit"),
         ({"intermediate_size_per_partition": 40}, "K=64 and K=40 are not multiples of block_size 16"),
     ],
