@@ -137,11 +137,18 @@ def run_experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: str,
+    backend: str = "auto",
 ) -> torch.Tensor:
-    """x (M, K) through the swizzled experts that each token is routed to; see `experts_swizzled`."""
+    """x (M, K) through the swizzled experts that each token is routed to; see `experts_swizzled`.
+
+    backend: "auto" takes what is faster for so many tokens, "batch_invariant" gives a token the same bits whatever the
+    others are.
+    """
     from qwantize_vllm.matmul.triton_grouped import experts_swizzled
 
     given = (x, w13, w2, topk_weights, topk_ids, activation)
+    if backend == "batch_invariant":
+        return experts_swizzled(*given, (ANY_TOKENS, ANY_TOKENS), split=False)
     many = topk_ids.numel() >= WGMMA_PAIRS * w13.words.shape[0]
     if not (many and x.is_cuda and capability_major(x.device) == 9):
         return experts_swizzled(*given)

@@ -113,12 +113,13 @@ def experts_swizzled_op(
     intermediate: int,
     out: int,
     block_size: int,
+    backend: str,
 ) -> torch.Tensor:
     """As `experts_op`, from words, scales and global scales of SwizzledExperts (2 * intermediate, K) and
-    (out, intermediate)."""
+    (out, intermediate); backend: see `run_experts`."""
     first = SwizzledExperts(w13[0], w13[1], w13[2], (2 * intermediate, x.shape[1]), block_size, gated=True)
     second = SwizzledExperts(w2[0], w2[1], w2[2], (out, intermediate), block_size, gated=False)
-    return run_experts(x, first, second, topk_weights, topk_ids, activation)
+    return run_experts(x, first, second, topk_weights, topk_ids, activation, backend)
 
 
 @experts_swizzled_op.register_fake
@@ -132,5 +133,6 @@ def _(
     intermediate: int,
     out: int,
     block_size: int,
+    backend: str,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], out)

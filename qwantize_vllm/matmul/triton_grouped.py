@@ -70,11 +70,14 @@ def experts_swizzled(
     topk_ids: torch.Tensor,
     activation: str,
     shapes: tuple[TileShape, TileShape] | None = None,
+    *,
+    split: bool = True,
 ) -> torch.Tensor:
     """x (M, K) bfloat16 or float16, contiguous rows -> (M, N of w2) in x's dtype.
 
     topk_weights: float (M, top_k). topk_ids: (M, top_k) integers below E; negative: not here. activation: one of
-    ACTIVATIONS. shapes: of both products, default those of grouped_shapes.py.
+    ACTIVATIONS. shapes: of both products, default those of grouped_shapes.py. split: whether K may be cut into slices,
+    of which there are the more the fewer tokens: the last bits depend on it.
     """
     tokens, top_k = topk_ids.shape
     y = torch.empty(tokens, w2.shape[0], dtype=x.dtype, device=x.device)
@@ -88,7 +91,7 @@ def experts_swizzled(
     _launch(x, w13, tiles, h, first, top_k, 1, activation)
     if second.tokens != first.tokens:
         tiles = _tiles(ids, experts, second.tokens)
-    splits = _splits(x.device, tiles, w2, second)
+    splits = _splits(x.device, tiles, w2, second) if split else 1
     z = torch.empty(splits, pairs, w2.shape[0], dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
     _launch(h, w2, tiles, z, second, 1, splits, "none")
     sum_experts(z, topk_weights, ids, None, y)

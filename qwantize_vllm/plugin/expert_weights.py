@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any, Protocol
 
 import torch
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.utils import replace_parameter
@@ -116,8 +117,9 @@ class GroupedForm:
         ids, activation = local_ids(layer, topk_ids), layer.activation.value
         w13, w2 = _parts(layer, "w13"), _parts(layer, "w2")
         x = x if x.stride(-1) == 1 else x.contiguous()
+        backend = "batch_invariant" if envs.VLLM_BATCH_INVARIANT else "auto"
         return experts_swizzled_op(
-            x, w13, w2, topk_weights, ids, activation, self.intermediate, self.out, self.block_size
+            x, w13, w2, topk_weights, ids, activation, self.intermediate, self.out, self.block_size, backend
         )
 
 

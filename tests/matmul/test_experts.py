@@ -101,7 +101,7 @@ def op_arguments(device, tokens=5):
     x, w13, w2, weights, ids = make(device, tokens, 4, 2, 64, 96, torch.bfloat16)
     plain = [[q.codes, q.block_scales, q.global_scale[:, None]] for q in (w13, w2)]
     kept = [[each.words, each.scales, each.global_scales] for each in swizzled(w13, w2)]
-    return (x, *plain, weights, ids, "silu", 16, "auto"), (x, *kept, weights, ids, "silu", 96, 64, 16)
+    return (x, *plain, weights, ids, "silu", 16, "auto"), (x, *kept, weights, ids, "silu", 96, 64, 16, "auto")
 
 
 def test_the_ops_are_registered_as_pytorch_wants_them():
@@ -110,6 +110,16 @@ def test_the_ops_are_registered_as_pytorch_wants_them():
     utils = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for op, arguments in zip((experts_op, experts_swizzled_op), op_arguments("cpu"), strict=True):
         torch.library.opcheck(op, arguments, test_utils=utils)
+
+
+def test_batch_invariant_results_do_not_depend_on_other_tokens(kernel_on):
+    pytest.importorskip("triton")
+    x, w13, w2, weights, ids = make(kernel_on, 150, 4, 2, 64, 96, torch.bfloat16)
+    first, second = swizzled(w13, w2)
+    together = run_experts(x, first, second, weights, ids, "silu", "batch_invariant")
+    for part in (slice(0, 1), slice(77, 90)):
+        alone = run_experts(x[part], first, second, weights[part], ids[part], "silu", "batch_invariant")
+        assert torch.equal(alone, together[part])
 
 
 @pytest.mark.parametrize("members", [1, 2])

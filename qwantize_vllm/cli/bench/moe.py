@@ -178,7 +178,7 @@ def _ours(w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> _Run:
         return lambda x, weights, ids: experts_op(x, list(first), list(second), weights, ids, "silu", size, "auto")
     a, b = swizzle_experts(*first, size, gated=True), swizzle_experts(*second, size, gated=False)
     kept = [[each.words, each.scales, each.global_scales] for each in (a, b)]
-    return lambda x, weights, ids: experts_swizzled_op(x, *kept, weights, ids, "silu", b.shape[1], b.shape[0], size)
+    return lambda x, weights, ids: experts_swizzled_op(x, *kept, weights, ids, "silu", *reversed(b.shape), size, "auto")
 
 
 def _marlin(w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> _Run:
