@@ -77,6 +77,11 @@ class QwantizeSettings(pydantic.BaseModel):
         description="Vision and audio encoders of multimodal models, and what connects them to the language model, "
         "known by their names (visual, vision_tower, audio_encoder, projector, ...).",
     )
+    quantize_gates: bool = pydantic.Field(
+        False,
+        description="Also quantize the gates of mixtures of experts, which are tiny and decide who computes: left as "
+        "they are by default. Where vLLM has a kernel of its own for a gate, it stays as it is in any case.",
+    )
     strict: bool = pydantic.Field(
         False,
         description="Refuse to start where a layer cannot be quantized, instead of leaving it as it is, or has no "

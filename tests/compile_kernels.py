@@ -21,9 +21,12 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from qwantize_vllm.hessian.triton_accumulate import _add_blocks_kernel
+from qwantize_vllm.matmul import grouped_shapes
 from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, ELSEWHERE, RULES, TileShape
 from qwantize_vllm.matmul.triton_dequantize import _dequantize_kernel
 from qwantize_vllm.matmul.triton_fused import _fused_kernel, _reduce_kernel
+from qwantize_vllm.matmul.triton_grouped import _grouped_kernel, _sum_kernel
+from qwantize_vllm.matmul.triton_plan import _count_kernel, _place_kernel
 from qwantize_vllm.matmul.triton_swizzled import _swizzled_kernel
 from qwantize_vllm.matmul.triton_unswizzle import _unswizzle_kernel
 from qwantize_vllm.matmul.wgmma_shapes import STEPS
@@ -83,6 +86,30 @@ def variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, A
         yield _reduce_kernel, pointers, {"HAS_BIAS": bias, "TILE": 1024}
 
 
+def expert_variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Those for the experts of a mixture: one shape of each rule, with gate and up and with down in turn."""
+    rules = grouped_shapes.RULES.get(capability // 10, grouped_shapes.ELSEWHERE)
+    for number, rule in enumerate(rules):
+        shape, activation = (rule.gate_up, "silu") if number % 2 == 0 else (rule.down, "none")
+        dtype, block = (("*bf16", 16), ("*fp16", 32))[number % 2]
+        pointers = {
+            "x_ptr": dtype,
+            "y_ptr": dtype,
+            "words_ptr": "*i16",
+            "scales_ptr": "*i32" if block == 16 else "*i16",
+        }
+        pointers |= {"global_scales_ptr": "*fp32", "ids_ptr": "*i32", "plan_ptr": "*i32"}
+        tile = {"TILE_M": shape.tokens, "GROUPS": shape.groups, "STEPS": shape.steps, "STAGES": shape.stages}
+        flags = {"MEMBERS": 1 + number % 2, "BLOCK_SIZE": block, "PAIRS": 0 if shape.tokens > 16 else 64}
+        yield _grouped_kernel, pointers, {**tile, **flags, "WHOLE_K": True, "ACTIVATION": activation, "PTX": True}
+    plan = {"ids_ptr": "*i32", "plan_ptr": "*i32", "counts_ptr": "*i32"}
+    yield _count_kernel, plan, {"BINS": 256, "CHUNK": 1024}
+    yield _place_kernel, plan, {"BINS": 256, "CHUNK": 1024, "WIDTH": 16, "OWN": 128}
+    for partial in ("*bf16", "*fp32"):
+        pointers = {"z_ptr": partial, "weights_ptr": "*fp32", "ids_ptr": "*i32", "y_ptr": "*bf16"}
+        yield _sum_kernel, {**pointers, "places_ptr": "*i32"}, {"TOP_K": 8, "COLUMNS": 512}
+
+
 def warps(kernel: Any, constants: dict[str, Any]) -> int:
     """What has a block a lane or a warp has one warp a program; most others Triton's default."""
     if kernel is _prepare_hessian_kernel:
@@ -107,11 +134,33 @@ def wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         names = {"TOKENS": shape.tokens, "GROUPS": shape.groups, "X_TILES": shape.x_tiles}
         stages = {"X_STAGES": shape.x_stages, "STAGES": shape.stages}
         yield _wgmma_kernel, types, {**names, **stages, "BLOCK_SIZE": block, "num_warps": 4}
+    yield from grouped_wgmma_variants()
+
+
+def grouped_wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Each shape once, with gate and up and with down in turn."""
+    from qwantize_vllm.matmul.gluon_grouped import H_LAYOUT, _copy_kernel, _grouped_wgmma_kernel
+    from qwantize_vllm.matmul.gluon_wgmma import FLAT_LAYOUTS, X_LAYOUT
+
+    yield _copy_kernel, {"x_ptr": "*bf16", "pairs_ptr": "*i32", "out_ptr": "*bf16"}, {"COLUMNS": 1024}
+    for number, shape in enumerate(STEPS):
+        dtype, block, scales = (("bf16", 16, torch.int32), ("fp16", 32, torch.int16))[number % 2]
+        width, layout, activation = ((32, H_LAYOUT, "silu"), (64, X_LAYOUT, "none"))[number % 2]
+        types = {
+            "x_desc": f"tensordesc<{dtype}[{shape.tokens}, 64],{X_LAYOUT!r}>",
+            "words_desc": f"tensordesc<i16[16, 256],{FLAT_LAYOUTS[torch.int16]!r}>",
+            "scales_desc": f"tensordesc<i{8 * scales.itemsize}[1, 256],{FLAT_LAYOUTS[scales]!r}>",
+            "y_desc": f"tensordesc<{dtype}[{shape.tokens}, {width}],{layout!r}>",
+            **{"global_scales_ptr": "*fp32", "plan_ptr": "*i32"},
+        }
+        names = {"TOKENS": shape.tokens, "GROUPS": shape.groups, "X_TILES": shape.x_tiles, "ACTIVATION": activation}
+        stages = {"X_STAGES": shape.x_stages, "STAGES": shape.stages, "MEMBERS": 1 + number % 2}
+        yield _grouped_wgmma_kernel, types, {**names, **stages, "BLOCK_SIZE": block, "num_warps": 4}
 
 
 def compile_all(capability: int) -> None:
     hopper = wgmma_variants() if capability == 90 else ()
-    for kernel, pointers, constants in itertools.chain(variants(capability), hopper):
+    for kernel, pointers, constants in itertools.chain(variants(capability), expert_variants(capability), hopper):
         signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
         indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
         source_type = GluonASTSource if kernel.is_gluon() else ASTSource

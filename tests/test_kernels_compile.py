@@ -21,8 +21,12 @@ KERNELS = {
     "_reduce_kernel",
     "_swizzled_kernel",
     "_unswizzle_kernel",
+    "_grouped_kernel",
+    "_count_kernel",
+    "_place_kernel",
+    "_sum_kernel",
 }
-ON_HOPPER = {"_wgmma_kernel"}
+ON_HOPPER = {"_wgmma_kernel", "_copy_kernel", "_grouped_wgmma_kernel"}
 
 
 SLOW = [pytest.param(capability, marks=pytest.mark.slow) for capability in (80, 89, 100, 120)]

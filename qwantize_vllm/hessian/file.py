@@ -159,13 +159,22 @@ class HessianFile:
         name = next((name for name in names if name in self.names), None)
         if name is None:
             raise ValueError(f"Hessian file {self.path} has no layer {' or '.join(map(repr, names))}")
-        found = self._blocks(name)
-        if found != blocks:
-            raise ValueError(
-                f"Hessian file {self.path}: layer {name!r} has {found} blocks, the model's has {blocks}; "
-                "it was measured on another model"
-            )
+        self.check_blocks([name], blocks)
         return name
+
+    def check_blocks(self, names: Sequence[str], blocks: int) -> None:
+        """Raise ValueError where the file lacks one of the layers, or has another number of blocks of it."""
+        with safe_open(self.path, framework="pt") as file:
+            for name in names:
+                if name not in self.names:
+                    raise ValueError(f"Hessian file {self.path} has no layer {name!r}")
+                rows = file.get_slice(name).get_shape()[0]
+                found = rows // self.block_size if self.info.full else rows
+                if found != blocks:
+                    raise ValueError(
+                        f"Hessian file {self.path}: layer {name!r} has {found} blocks, the model's has {blocks}; "
+                        "it was measured on another model"
+                    )
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Blocks start..stop of a layer: float32 (stop - start, block_size, block_size), on the CPU.
@@ -173,12 +182,19 @@ class HessianFile:
         Raises:
             ValueError: they hold NaN or infinities.
         """
+        return self.read_each([name], start, stop)[0]
+
+    def read_each(self, names: Sequence[str], start: int, stop: int) -> torch.Tensor:
+        """As `read`, of several layers: float32 (len(names), stop - start, block_size, block_size)."""
+        size = self.block_size
+        parts = [slice(j * size, (j + 1) * size) for j in range(start, stop)]
         with safe_open(self.path, framework="pt") as file:
-            tensor, size = file.get_slice(name), self.block_size
+            slices = {name: file.get_slice(name) for name in names}
             if self.info.full:
-                parts = [slice(j * size, (j + 1) * size) for j in range(start, stop)]
-                return self._finite(name, torch.stack([tensor[part, part] for part in parts]))
-            return self._finite(name, tensor[start:stop])
+                blocks = {name: torch.stack([s[part, part] for part in parts]) for name, s in slices.items()}
+            else:
+                blocks = {name: s[start:stop] for name, s in slices.items()}
+        return torch.stack([self._finite(name, each) for name, each in blocks.items()])
 
     def read_all(self, name: str) -> torch.Tensor:
         """All blocks of a layer, as `read` gives them."""

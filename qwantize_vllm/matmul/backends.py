@@ -15,7 +15,9 @@ import torch
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.cpu import matmul_cpu
 from qwantize_vllm.matmul.cpu_fused import matmul_cpu_fused, why_not_fused
+from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.gpu import capability_major
+from qwantize_vllm.matmul.grouped_shapes import WGMMA_PAIRS
 from qwantize_vllm.matmul.reference import matmul_reference
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, Wgmma, choose_shape
@@ -126,6 +128,42 @@ def run_swizzled(
 
         return matmul_wgmma(x, weight, bias)
     return matmul_swizzled(x, weight, bias, shape or ANY_TOKENS)
+
+
+def run_experts(
+    x: torch.Tensor,
+    w13: SwizzledExperts,
+    w2: SwizzledExperts,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """x (M, K) through the swizzled experts that each token is routed to; see `experts_swizzled`.
+
+    backend: "auto" takes what is faster for so many tokens, "batch_invariant" gives a token the same bits whatever the
+    others are.
+    """
+    from qwantize_vllm.matmul.triton_grouped import experts_swizzled
+
+    given = (x, w13, w2, topk_weights, topk_ids, activation)
+    if backend == "batch_invariant":
+        return experts_swizzled(*given, (ANY_TOKENS, ANY_TOKENS), split=False)
+    many = topk_ids.numel() >= WGMMA_PAIRS * w13.words.shape[0]
+    if not (many and x.is_cuda and capability_major(x.device) == 9):
+        return experts_swizzled(*given)
+    if reason := _why_no_gluon() or _why_no_grouped_wgmma(w13, w2):
+        _tell_once(f"the kernel of gluon_grouped {reason}; a slower one takes its place")
+        return experts_swizzled(*given)
+    from qwantize_vllm.matmul.gluon_grouped import experts_wgmma
+
+    return experts_wgmma(*given)
+
+
+def _why_no_grouped_wgmma(w13: SwizzledExperts, w2: SwizzledExperts) -> str | None:
+    from qwantize_vllm.matmul.gluon_grouped import why_not_wgmma
+
+    return why_not_wgmma(w13, w2)
 
 
 def why_not_wgmma(x: torch.Tensor, weight: SwizzledNvfp4) -> str | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from qwantize_vllm.format import Nvfp4Tensor
-from qwantize_vllm.matmul.backends import BACKENDS, choose_backend, run_swizzled
+from qwantize_vllm.matmul.backends import BACKENDS, choose_backend, run_experts, run_swizzled
+from qwantize_vllm.matmul.experts import SwizzledExperts
+from qwantize_vllm.matmul.experts_cpu import experts_one_by_one, members_of
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
 
 
@@ -64,3 +66,73 @@ def _(
     *rest: object,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], n)
+
+
+@torch.library.custom_op("qwantize::experts", mutates_args=())
+def experts_op(
+    x: torch.Tensor,
+    w13: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str,
+    block_size: int,
+    backend: str,
+) -> torch.Tensor:
+    """x (M, K) through the experts that each token is routed to -> (M, N), from plain codes.
+
+    w13, w2: codes uint8 (E, rows, K/2), block scales (E, rows, K/block_size), global scales (E, members). See
+    `experts_one_by_one`; backend: of backends.py, or "auto".
+
+    Raises:
+        ValueError: a CUDA graph is being captured.
+    """
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError(f"experts with backend {backend!r} cannot be captured in a CUDA graph: set --enforce-eager")
+
+    def multiply(inputs: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return matmul_op(inputs, q.codes, q.block_scales, q.global_scale, bias, q.block_size, backend)
+
+    first, second = (members_of(codes, scales, global_scales, block_size) for codes, scales, global_scales in (w13, w2))
+    return experts_one_by_one(x, first, second[0], topk_weights, topk_ids, activation, multiply)
+
+
+@experts_op.register_fake
+def _(x: torch.Tensor, w13: list[torch.Tensor], w2: list[torch.Tensor], *rest: object) -> torch.Tensor:
+    return x.new_empty(x.shape[0], w2[0].shape[1])
+
+
+@torch.library.custom_op("qwantize::experts_swizzled", mutates_args=())
+def experts_swizzled_op(
+    x: torch.Tensor,
+    w13: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str,
+    intermediate: int,
+    out: int,
+    block_size: int,
+    backend: str,
+) -> torch.Tensor:
+    """As `experts_op`, from words, scales and global scales of SwizzledExperts (2 * intermediate, K) and
+    (out, intermediate); backend: see `run_experts`."""
+    first = SwizzledExperts(w13[0], w13[1], w13[2], (2 * intermediate, x.shape[1]), block_size, gated=True)
+    second = SwizzledExperts(w2[0], w2[1], w2[2], (out, intermediate), block_size, gated=False)
+    return run_experts(x, first, second, topk_weights, topk_ids, activation, backend)
+
+
+@experts_swizzled_op.register_fake
+def _(
+    x: torch.Tensor,
+    w13: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str,
+    intermediate: int,
+    out: int,
+    block_size: int,
+    backend: str,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], out)

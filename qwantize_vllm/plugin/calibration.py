@@ -2,7 +2,7 @@
 
 The workers hang a hook on every linear layer; the driver sends the text, so many windows at once, to an engine core in
 its own process: one that runs beside it would start on the first ones, and the batches, and with them the last bits of
-the sums, would differ from run to run.
+the sums, would differ from run to run. Experts tell what they multiply (measured_experts.py).
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 
 from qwantize_vllm import __version__
 from qwantize_vllm.hessian import BlockHessianSum, FullHessianSum, HessianFile, HessianInfo, save_hessians
+from qwantize_vllm.plugin.config import is_gate
 from qwantize_vllm.plugin.engine_process import engine, in_own_process, keep_core_here
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
+from qwantize_vllm.plugin.measured_experts import MEASURE, ExpertSums, MeasuredExperts
 
 # What a model that does not generate can be asked for; all of them run the same layers.
 _POOLING_TASKS = ("embed", "classify", "token_embed", "token_classify")
@@ -42,8 +45,14 @@ class CalibrationWorker:
         self._qwantize_sums: dict[str, tuple[int, BlockHessianSum | FullHessianSum]] = {}
         self._qwantize_info = HessianInfo(block_size=block_size, full=full)
         left = []
+        self._qwantize_experts: dict[str, ExpertSums] = {}
         for path, layer in self.model_runner.get_model().named_modules():
-            if not isinstance(layer, LinearBase):
+            if isinstance(layer, RoutedExperts):
+                if full or not isinstance(layer.quant_method, MeasuredExperts):
+                    left.append(layer.layer_name)
+                else:
+                    self._qwantize_experts[layer.layer_name] = ExpertSums(layer, block_size)
+            if not isinstance(layer, LinearBase) or is_gate(layer, layer.prefix or path):
                 continue
             k = getattr(layer, "input_size_per_partition", layer.input_size)
             name = layer.prefix or path
@@ -60,14 +69,18 @@ class CalibrationWorker:
                 layer.register_forward_pre_hook(_adding_to(hessian))
         return left
 
-    def qwantize_finish(self, directory: str) -> tuple[str, dict[str, int]]:
-        """Write this worker's sums; returns the file and the tokens that each layer saw."""
+    def qwantize_finish(self, directory: str) -> tuple[str, dict[str, int], dict[str, float]]:
+        """Write this worker's sums; returns the file, the tokens that each layer saw, and those that its experts did,
+        each as often as its part of the experts that it was routed to."""
         sums = self._qwantize_sums
         names = {f"{rank:05d} {name}": hessian.total.cpu() for name, (rank, hessian) in sums.items()}
+        for layer, experts in self._qwantize_experts.items():
+            names |= {f"{rank:05d} {layer}.{name}": total.cpu() for name, rank, total in experts.totals()}
         with tempfile.NamedTemporaryFile(dir=directory, suffix=".safetensors", delete=False) as file:
             path = file.name
         save_hessians(path, names, self._qwantize_info.block_size, self._qwantize_info)
-        return path, {name: hessian.tokens for name, (_, hessian) in sums.items()}
+        routed = {layer: experts.tokens for layer, experts in self._qwantize_experts.items()}
+        return path, {name: hessian.tokens for name, (_, hessian) in sums.items()}, routed
 
 
 def _adding_to(hessian: BlockHessianSum | FullHessianSum) -> Any:
@@ -114,11 +127,10 @@ def _calibrate(
 ) -> tuple[HessianInfo, list[str]]:
     from vllm.engine.arg_utils import EngineArgs
 
-    pools = EngineArgs(model=model).create_model_config().runner_type == "pooling"
+    model_config = EngineArgs(model=model).create_model_config()
+    pools = model_config.runner_type == "pooling"
     longest = max(map(len, windows)) + (0 if pools else 1)  # the token that a model must generate
-    arguments = engine_arguments(longest)
-    if settings is not None:
-        arguments |= {"quantization": "qwantize", "additional_config": {"qwantize": settings}}
+    arguments = engine_arguments(longest) | _quantization(settings, model_config.get_num_experts() > 0)
     tokens = sum(map(len, windows))
     keep_core_here()
     with engine(model=model, **arguments, **options) as llm, tempfile.TemporaryDirectory() as directory:
@@ -126,8 +138,9 @@ def _calibrate(
         with tqdm(total=tokens, unit="token", unit_scale=True, desc="calibrating", disable=None) as bar:
             read_windows_through(llm, windows, bar.update, pools)
         parts = llm.collective_rpc("qwantize_finish", args=(directory,))
-        for _, seen in parts:
+        for _, seen, _ in parts:
             _check_tokens(seen, tokens)
+        _check_routed([routed for _, _, routed in parts], tokens)
         config = llm.llm_engine.model_config
         info = HessianInfo(
             block_size=block_size,
@@ -139,8 +152,16 @@ def _calibrate(
             full=full,
             behind=json.dumps(settings, sort_keys=True) if settings is not None else "",
         )
-        save_hessians(out, _joined([path for path, _ in parts]), block_size, info)
+        save_hessians(out, _joined([path for path, _, _ in parts]), block_size, info)
     return info, left
+
+
+def _quantization(settings: dict[str, Any] | None, experts: bool) -> dict[str, Any]:
+    """Arguments of the engine. Only the plugin can tell what experts multiply, though it quantizes nothing."""
+    if settings is None and not experts:
+        return {}
+    given = {"ignore": ["*"]} if settings is None else settings
+    return {"quantization": "qwantize", "additional_config": {"qwantize": given, MEASURE: experts}}
 
 
 def engine_arguments(longest: int) -> dict[str, Any]:
@@ -186,6 +207,14 @@ def _check_tokens(seen: dict[str, int], tokens: int) -> None:
             f"{len(wrong)} layers did not see each of the {tokens} tokens once; {name} saw {count}. "
             "Layers that only some tokens reach cannot be calibrated yet"
         )
+
+
+def _check_routed(parts: list[dict[str, float]], tokens: int) -> None:
+    """The experts of all ranks together must have seen each token as often as it was routed."""
+    for layer in parts[0]:
+        seen = sum(part[layer] for part in parts)
+        if round(seen) != tokens:
+            raise RuntimeError(f"the experts of {layer} saw {seen:g} tokens, not {tokens}")
 
 
 def _joined(paths: list[str]) -> dict[str, torch.Tensor]:

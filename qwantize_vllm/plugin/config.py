@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from qwantize_vllm import __version__
 from qwantize_vllm.hessian import HessianFile
-from qwantize_vllm.layer_names import fused_members, named_parts
+from qwantize_vllm.layer_names import fused_members, matches, named_parts
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
+from qwantize_vllm.plugin.measured_experts import MeasuredExperts, measures_experts
+from qwantize_vllm.plugin.moe import QwantizeMoEMethod, expert_members, why_not_experts
 from qwantize_vllm.plugin.packed import PackedConfig, packed_of
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.towers import is_of_tower
@@ -32,12 +35,14 @@ from qwantize_vllm.settings import (
 METHOD = "qwantize"
 _CHECKPOINT = "the checkpoint's quantization_config or --hf-overrides"
 _ADDITIONAL = "--additional-config"
+# What models call the linear layers that decide which experts a token is routed to, or how much a shared one counts.
+_GATES = ("gate", "router", "shared_expert_gate")
 
 logger = init_logger(f"vllm.{__name__}")
 
 
 class QwantizeConfig(QuantizationConfig):
-    """Online NVFP4 quantization of every linear layer.
+    """Online NVFP4 quantization of every linear layer and of experts.
 
     vLLM makes one per engine and pickles it to the engine's processes, so until the first layer
     asks for its method it holds nothing but what was given.
@@ -128,25 +133,49 @@ class QwantizeConfig(QuantizationConfig):
         return self._report
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
         named = named_parts(prefix, self.settings.ignore, self.packed_modules_mapping)
         if not isinstance(layer, LinearBase):
             kind = "embedding or head" if isinstance(layer, VocabParallelEmbedding) else type(layer).__name__
             self.report.leave(prefix, layer, kind, named)
             return None
         if named:
-            self._leave_ignored(layer, prefix, named)
+            self._leave_ignored(layer, prefix, named, self._members(prefix))
             return UnquantizedLinearMethod()
-        if self.settings.towers == "leave" and is_of_tower(prefix):
-            self.report.leave(prefix, layer, "of vision or audio")
+        if reason := self._why_left(layer, prefix):
+            self.report.leave(prefix, layer, reason)
             return UnquantizedLinearMethod()
         return QwantizeLinearMethod(self.settings, prefix, self.report, self._members(prefix))
 
-    def _leave_ignored(self, layer: torch.nn.Module, prefix: str, named: list[str]) -> None:
-        members = self._members(prefix)
+    def _why_left(self, layer: LinearBase, prefix: str) -> str | None:
+        """Why a linear layer stays as it is though nobody named it; None where it is quantized."""
+        if is_gate(layer, prefix) and not self.settings.quantize_gates:
+            return "gate"
+        return "of vision or audio" if self.settings.towers == "leave" and is_of_tower(prefix) else None
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        """The method of all experts of a layer; None leaves them to vLLM."""
+        method = QwantizeMoEMethod(self.settings, prefix, self.report, layer.moe_config)
+        reason = why_not_experts(layer.moe_config, self.settings)
+        members = expert_members(layer, prefix)
+        named = named_parts(prefix, self.settings.ignore, {})
+        if named := named or [member for member in members if matches(member, self.settings.ignore)]:
+            self._leave_ignored(layer, prefix, named, members)
+            return MeasuredExperts(layer.moe_config) if measures_experts() and not reason else None
+        if reason:
+            if self.settings.strict:
+                raise ValueError(f"qwantize: {prefix} cannot be quantized: {reason} (strict: true)")
+            logger.warning("qwantize: %s is left unquantized: %s", prefix, reason)
+            self.report.leave(prefix, layer, reason)
+            return None
+        return MeasuredExperts(layer.moe_config, method) if measures_experts() else method
+
+    def _leave_ignored(self, layer: torch.nn.Module, prefix: str, named: list[str], members: list[str]) -> None:
         if named != [prefix] and len(named) < len(members):
             message = (
-                f"qwantize: ignore names {', '.join(named)} but not every member of {prefix} "
-                f"({', '.join(members)}), which share one weight"
+                f"qwantize: ignore names {_some(named)} but not every member of {prefix} "
+                f"({_some(members)}), which share one weight"
             )
             if self.settings.strict:
                 raise ValueError(f"{message}; name all of them, or {prefix!r} (strict: true)")
@@ -155,6 +184,16 @@ class QwantizeConfig(QuantizationConfig):
 
     def _members(self, prefix: str) -> list[str]:
         return fused_members(prefix, self.packed_modules_mapping)
+
+
+def is_gate(layer: LinearBase, prefix: str) -> bool:
+    """Whether a layer decides which experts a token is routed to."""
+    return isinstance(layer, ReplicatedLinear) and prefix.rpartition(".")[2] in _GATES
+
+
+def _some(names: list[str]) -> str:
+    """The names, or the first of them where they are many."""
+    return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def _environment() -> dict[str, dict[str, Any]]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -35,6 +36,7 @@ from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.plugin.engine_process import in_own_process
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
+from qwantize_vllm.plugin.moe import WEIGHTS, QwantizeMoEMethod, expert_members, matrices_of
 from qwantize_vllm.search.quality import output_signal_and_noise, signal_and_noise
 
 
@@ -96,7 +98,7 @@ class InspectedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class LeftModule:
-    """What no setting quantizes: embeddings, heads, norms, biases, experts, layers whose K no block divides."""
+    """What no setting quantizes: embeddings, heads, norms, biases, gates, layers whose K no block divides."""
 
     name: str
     reason: str
@@ -189,7 +191,8 @@ class MetaModel:
         self.quantization: Any = self.config.quant_config
         self.settings = self.quantization.settings.model_dump(mode="json")
         self.unused = self.quantization.report.unused_patterns()
-        self.layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, LinearBase)}
+        kinds = (LinearBase, RoutedExperts)
+        self.layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, kinds)}
 
     def name(self, path: str) -> str:
         """By which settings and Hessian files know a layer."""
@@ -197,7 +200,7 @@ class MetaModel:
 
     def reason(self, layer: torch.nn.Module) -> str | None:
         """Why a layer is left as it is; None where it is quantized."""
-        if isinstance(getattr(layer, "quant_method", None), QwantizeLinearMethod):
+        if isinstance(getattr(layer, "quant_method", None), (QwantizeLinearMethod, QwantizeMoEMethod)):
             return None
         reason: str | None = self.quantization.report.reason(layer)
         return reason or ("embedding or head" if isinstance(layer, VocabParallelEmbedding) else "norm or other")
@@ -218,13 +221,14 @@ class MetaModel:
 
 def _measure(base: MetaModel, built: dict[str, MetaModel], file: HessianFile | None) -> list[InspectedLayer]:
     """Load the checkpoint into base, each layer measured and forgotten as soon as it is complete."""
-    measured: dict[str, InspectedLayer] = {}
+    measured: dict[str, list[InspectedLayer]] = {}
     incomplete: list[str] = []
     methods = {path: layer for path, layer in base.layers.items() if base.reason(layer) is None}
     with tqdm(total=len(methods), unit="layer", desc="inspecting", disable=None) as bar:
         for path, layer in methods.items():
             same = {name: (each, each.layers[path]) for name, each in built.items()}
-            layer.quant_method = _Measure(path, layer.quant_method, same, file, measured, incomplete, bar)
+            kind = _MeasureExperts if isinstance(layer, RoutedExperts) else _Measure
+            layer.quant_method = kind(path, layer.quant_method, same, file, measured, incomplete, bar)
             get_layerwise_info(layer).restore_device = torch.device(base.config.device_config.device)
         with set_default_torch_dtype(base.config.model_config.dtype), set_current_vllm_config(base.config):
             get_model_loader(base.config.load_config).load_weights(base.model, base.config.model_config)
@@ -234,7 +238,7 @@ def _measure(base: MetaModel, built: dict[str, MetaModel], file: HessianFile | N
             f"the checkpoint lacks weights of {len(incomplete)} layers: {', '.join(incomplete[:5])}; "
             "is it that of another model?"
         )
-    return [measured[path] for path in methods]
+    return [layer for path in methods for layer in measured[path]]
 
 
 class _Measure(QuantizeMethodBase):
@@ -243,33 +247,34 @@ class _Measure(QuantizeMethodBase):
     def __init__(
         self,
         path: str,
-        method: QwantizeLinearMethod,
-        same: dict[str, tuple[MetaModel, LinearBase]],
+        method: Any,
+        same: dict[str, tuple[MetaModel, Any]],
         file: HessianFile | None,
-        measured: dict[str, InspectedLayer],
+        measured: dict[str, list[InspectedLayer]],
         incomplete: list[str],
         bar: Any,
     ) -> None:
         self.path, self.method, self.same, self.file = path, method, same, file
         self.measured, self.incomplete, self.bar = measured, incomplete, bar
 
-    def process_weights_after_loading(self, layer: LinearBase) -> None:
-        weight = layer.weight.data
-        del layer.weight
-        if get_layerwise_info(layer).load_numel < weight.numel():
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        weights = dict(layer.named_parameters())
+        if get_layerwise_info(layer).load_numel < sum(each.numel() for name, each in weights.items() if name != "bias"):
             self.incomplete.append(self.method.name)
-            return
+        else:
+            self.measured[self.path] = self.measure(layer)
+            self.bar.update()
+        for name in weights.keys() - {"bias"}:
+            delattr(layer, name)
+
+    def measure(self, layer: Any) -> list[InspectedLayer]:
+        weight = layer.weight.data
         hessian = self._hessian(weight)
-        self.measured[self.path] = InspectedLayer(
-            name=self.method.name,
-            members=self.method.members,
-            shape=(weight.shape[0], weight.shape[1]),
-            nbytes=weight.nbytes,
-            results={
-                name: each.reason(other) or _result(other, weight, hessian) for name, (each, other) in self.same.items()
-            },
-        )
-        self.bar.update()
+        results = {
+            name: each.reason(other) or _result(other, weight, hessian) for name, (each, other) in self.same.items()
+        }
+        shape = (weight.shape[0], weight.shape[1])
+        return [InspectedLayer(self.method.name, self.method.members, shape, weight.nbytes, results)]
 
     def _hessian(self, weight: torch.Tensor) -> torch.Tensor | None:
         """The layer's block Hessians to measure with; None without a file, or where the file lacks the layer."""
@@ -283,6 +288,47 @@ class _Measure(QuantizeMethodBase):
 
     def apply(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise NotImplementedError("the model is not run")
+
+
+class _MeasureExperts(_Measure):
+    """The experts of a layer: w13 of all of them, then w2, each as one weight with the rows of all."""
+
+    def measure(self, layer: RoutedExperts) -> list[InspectedLayer]:
+        measured = []
+        for weight_name in WEIGHTS:
+            weight = getattr(layer, f"{weight_name}_weight").data
+            hessians = self._hessians(weight_name, weight)
+            results = {
+                name: each.reason(other) or _experts_result(other, weight_name, weight, hessians)
+                for name, (each, other) in self.same.items()
+            }
+            down = f".{layer.ckpt_down_proj_name}"
+            members = [m for m in expert_members(layer, self.method.name) if m.endswith(down) == (weight_name == "w2")]
+            name, shape = f"{self.method.name}.{weight_name}", (weight[..., 0].numel(), weight.shape[2])
+            measured.append(InspectedLayer(name, members, shape, weight.nbytes, results))
+        return measured
+
+    def _hessians(self, name: str, weight: torch.Tensor) -> torch.Tensor | None:
+        """Of every expert; None without a file, or where the file lacks one."""
+        names = [f"{self.method.name}.{expert}.{name}" for expert in range(len(weight))]
+        if self.file is None or not all(self.file.has([each]) for each in names):
+            return None
+        blocks = weight.shape[2] // self.file.info.block_size
+        self.file.check_blocks(names, blocks)
+        return self.file.read_each(names, 0, blocks).to(weight.device)
+
+
+def _experts_result(layer: RoutedExperts, name: str, weight: torch.Tensor, hessians: torch.Tensor | None) -> Measured:
+    method: QwantizeMoEMethod = layer.quant_method
+    q = method.quantize(layer, name, weight)
+    parts = matrices_of(weight, q)
+    signal, noise = (float(sum(each)) for each in zip(*(signal_and_noise(*part) for part in parts), strict=True))
+    output_signal = output_noise = None
+    if hessians is not None:
+        each = hessians.repeat_interleave(q.shape[1], 0)
+        energies = [output_signal_and_noise(*part, h) for part, h in zip(parts, each, strict=True)]
+        output_signal, output_noise = (float(sum(both)) for both in zip(*energies, strict=True))
+    return Measured(signal, noise, output_signal, output_noise, q.nbytes, method.search)
 
 
 def _result(layer: LinearBase, weight: torch.Tensor, hessian: torch.Tensor | None) -> Measured:

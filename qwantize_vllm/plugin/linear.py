@@ -151,7 +151,8 @@ class QwantizeLinearMethod(LinearMethodBase):
 
     def _quantize(self, layer: LinearBase, weight: torch.Tensor) -> list[Nvfp4Tensor]:
         parts = weight.split(self._widths(layer))
-        amax = _amax_over_ranks(layer, torch.stack([matrix_amax(part) for part in parts]))
+        group = get_tp_group() if layer.tp_size > 1 else None
+        amax = largest_over_ranks(torch.stack([matrix_amax(part) for part in parts]), group)
         if not bool(torch.isfinite(amax).all()):
             raise ValueError(f"qwantize: {self.name}: {describe_nonfinite(weight)} (on this rank)")
         scales = resolve_global_scale(amax, "none" if self.settings.global_scale == "none" else "amax")
@@ -217,15 +218,16 @@ class QwantizeLinearMethod(LinearMethodBase):
         return _open_hessians(str(self.settings.hessian), self.settings.block_size)
 
 
-def _amax_over_ranks(layer: LinearBase, amax: torch.Tensor) -> torch.Tensor:
+def largest_over_ranks(amax: torch.Tensor, group: Any) -> torch.Tensor:
     """The largest amax of all shards of a layer, so that the global scale does not depend on tensor parallelism.
 
-    NaN becomes infinity first: every rank then sees it and raises, and none is left waiting.
+    group: vLLM's, of the ranks that have shards; None where this one has all. NaN becomes infinity first: every rank
+    then sees it and raises, and none is left waiting.
     """
-    if layer.tp_size == 1:
+    if group is None:
         return amax
     amax = torch.where(amax.isnan(), torch.inf, amax)
-    torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=get_tp_group().device_group)
+    torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=group.device_group)
     return amax
 
 

@@ -19,7 +19,11 @@ from qwantize_vllm import Nvfp4Tensor, block_hessian, quantize_nvfp4
 
 TINY_LAYERS = 2
 # vLLM fuses these, in this order, into one weight with one global scale.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "w13": ("w1", "w3"),  # of an expert of Mixtral
+}
 _MEMBER_OF = {member: fused for fused, members in FUSED.items() for member in members}
 
 _TINY = {
@@ -102,11 +106,14 @@ def linear_layers(tensors: Iterable[str], fuse: bool = True) -> dict[str, list[s
     fuse: False gives the checkpoint's own layers, each made of itself.
     """
     layers: dict[str, list[str]] = {}
+    names = set(tensors)
     for tensor in tensors:
-        match = re.fullmatch(r"(.+)\.(\w+_proj)\.weight", tensor)
+        match = re.fullmatch(r"(.+)\.(\w+_proj\w*|w[123])\.weight", tensor)
         if match:
             parent, name = match.groups()
             fused = _MEMBER_OF.get(name, name) if fuse else name
+            if not all(f"{parent}.{member}.weight" in names for member in FUSED.get(fused, ())):
+                fused = name  # q_proj stands alone where attention is latent
             layers[f"{parent}.{fused}"] = [f"{parent}.{member}" for member in FUSED.get(fused, (fused,))]
     return layers
 

@@ -47,14 +47,19 @@ class Engines:
         return outcome
 
     def start_dequantized(
-        self, checkpoint: Path, quantized: Mapping[str, Nvfp4Tensor], ours: Outcome, dtype: str = "bfloat16"
+        self,
+        checkpoint: Path,
+        quantized: Mapping[str, Nvfp4Tensor],
+        ours: Outcome,
+        dtype: str = "bfloat16",
+        **arguments: Any,
     ) -> Outcome:
         """Plain vLLM on what the quantized weights stand for; it also scores the sequences of `ours`."""
         dense = write_dequantized(checkpoint, quantized, next(self._folders), getattr(torch, dtype))
         prompts = [completion["prompt_ids"] for completion in ours.result["completions"]]
         tokens = len(ours.result["completions"][0]["ids"])
         use = functools.partial(probe, prompts=prompts, sequences=sequences_of(ours), max_tokens=tokens)
-        return self.start(dense, use, quantization=None, dtype=dtype)
+        return self.start(dense, use, quantization=None, dtype=dtype, **arguments)
 
     def refuse(self, checkpoint: Path, *args: Any, **arguments: Any) -> str:
         """As `run`, for one that must fail; returns its log."""

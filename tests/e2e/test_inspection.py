@@ -18,6 +18,7 @@ from qwantize_vllm.hessian import HessianInfo, save_hessians
 from qwantize_vllm.search.quality import output_signal_and_noise, signal_and_noise
 
 from .checkpoints import QWEN2, linear_layers, quantize_checkpoint, random_hessians, write_tiny
+from .moe_checkpoints import EXPERTS, QWEN3, mixture_layers, write_moe
 
 pytestmark = pytest.mark.e2e
 
@@ -79,8 +80,23 @@ def found(tmp_path_factory):
         "lacking": (str(lacking), {"optimal": OPTIMAL}, None),
         "strict": (str(whole), {"strict": {**hessian, "strict": True}}, None),
     }
+    mixture = write_moe(folder / "mixture", QWEN3)
+    experts = expert_hessians(mixture)
+    save_hessians(folder / "experts.safetensors", experts, 16)
+    cases["mixture"] = (str(mixture), {"naive": NAIVE}, folder / "experts.safetensors")
     results = in_own_process(inspect_each, list(cases.values()))
-    return dict(zip(cases, results, strict=True)) | {"whole": whole, "hessians": hessians}
+    given = {"whole": whole, "hessians": hessians, "mixture checkpoint": mixture, "expert hessians": experts}
+    return dict(zip(cases, results, strict=True)) | given
+
+
+def expert_hessians(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """By the names that `calibrate` gives experts, of random inputs."""
+    renamed = {}
+    for name, hessian in random_hessians(checkpoint).items():
+        layer, _, last = name.rpartition(".")
+        if ".experts." in name:
+            renamed[f"{layer}.{'w2' if last == 'down_proj' else 'w13'}"] = hessian
+    return renamed
 
 
 @pytest.mark.parametrize("setting", ["naive", "optimal", "hessian"])
@@ -105,6 +121,36 @@ def test_errors_are_those_of_what_an_engine_would_hold(found, setting):
         assert result.nbytes == q.nbytes
         assert layers[name].members == members[name]
         assert layers[name].shape == tuple(weight.shape)
+
+
+def test_experts_of_a_layer_are_measured_together(found):
+    tensors = load_file(found["mixture checkpoint"] / "model.safetensors")
+    expected = quantize_checkpoint(found["mixture checkpoint"], scale_search="naive")
+    layers = {layer.name: layer for layer in found["mixture"].layers}
+    for mixture in mixture_layers(QWEN3):
+        for name, members, last in (
+            ("w13", ["gate_proj", "up_proj"], "gate_up_proj"),
+            ("w2", ["down_proj"], "down_proj"),
+        ):
+            experts = [f"{mixture}.experts.{expert}" for expert in range(EXPERTS)]
+            parts = [
+                (torch.cat([tensors[f"{expert}.{m}.weight"] for m in members]), expected[f"{expert}.{last}"])
+                for expert in experts
+            ]
+            layer = layers[f"{mixture}.experts.{name}"]
+            assert layer.members == [f"{expert}.{member}" for expert in experts for member in members]
+            assert layer.shape == (sum(len(weight) for weight, _ in parts), parts[0][0].shape[1])
+            energies = [
+                sum(map(float, each)) for each in zip(*(signal_and_noise(*part) for part in parts), strict=True)
+            ]
+            result = layer.results["naive"]
+            assert [result.signal, result.noise] == pytest.approx(energies, rel=1e-6)
+            h = [found["expert hessians"][f"{expert}.{name}"] for expert in experts]
+            outputs = [output_signal_and_noise(*part, each) for part, each in zip(parts, h, strict=True)]
+            output = [sum(map(float, each)) for each in zip(*outputs, strict=True)]
+            assert [result.output_signal, result.output_noise] == pytest.approx(output)
+            assert result.nbytes == sum(q.nbytes for _, q in parts)
+    assert not [module.name for module in found["mixture"].left if "experts" in module.name]
 
 
 def test_what_is_left_is_said(found):

@@ -1,4 +1,4 @@
-"""While a checkpoint loads, at most one dense linear layer exists."""
+"""While a checkpoint loads, at most one dense linear layer, or the experts of one layer, exist."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from .checkpoints import TINY_LAYERS
 from .compare import served_layers
+from .moe_checkpoints import QWEN3, write_moe
 from .probe import describe_model
 
 pytestmark = pytest.mark.e2e
@@ -18,21 +19,31 @@ DENSE_AT_EACH_STEP: list[int] = []  # of the engine's process
 
 def watch_quantization() -> None:
     """Note, whenever a layer is about to be quantized, how many layers hold a dense weight."""
-    from qwantize_vllm.plugin.linear import QwantizeLinearMethod as Method
+    from qwantize_vllm.plugin.linear import QwantizeLinearMethod
+    from qwantize_vllm.plugin.moe import QwantizeMoEMethod
 
     layers: list[torch.nn.Module] = []
-    create, process = Method.create_weights, Method.process_weights_after_loading
+    for method in (QwantizeLinearMethod, QwantizeMoEMethod):
+        watch(method, layers)
+
+
+def watch(method: Any, layers: list[torch.nn.Module]) -> None:
+    create, process = method.create_weights, method.process_weights_after_loading
 
     def watched_create(self: Any, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         create(self, layer, *args, **kwargs)
         layers.append(layer)
 
     def watched_process(self: Any, layer: torch.nn.Module) -> None:
-        if layer.weight.dtype != torch.uint8:
-            DENSE_AT_EACH_STEP.append(sum(is_dense(each.weight) for each in layers))
+        if weight_of(layer).dtype != torch.uint8:
+            DENSE_AT_EACH_STEP.append(sum(is_dense(weight_of(each)) for each in layers))
         process(self, layer)
 
-    Method.create_weights, Method.process_weights_after_loading = watched_create, watched_process
+    method.create_weights, method.process_weights_after_loading = watched_create, watched_process
+
+
+def weight_of(layer: torch.nn.Module) -> torch.Tensor:
+    return layer.w13_weight if hasattr(layer, "w13_weight") else layer.weight
 
 
 def is_dense(weight: torch.Tensor) -> bool:
@@ -47,3 +58,10 @@ def test_one_dense_layer_at_a_time(engines, tiny):
     outcome = engines.start(tiny, what_was_seen, before=watch_quantization)
     assert len(served_layers(outcome)) == 4 * TINY_LAYERS
     assert outcome.result["dense"] == [1] * (4 * TINY_LAYERS)
+
+
+@pytest.mark.slow
+def test_the_experts_of_one_layer_at_a_time(engines, tmp_path):
+    checkpoint = write_moe(tmp_path / "checkpoint", QWEN3)
+    outcome = engines.start(checkpoint, what_was_seen, before=watch_quantization)
+    assert outcome.result["dense"] == [1] * (3 * TINY_LAYERS)  # qkv, o and the experts

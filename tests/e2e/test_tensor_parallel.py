@@ -16,6 +16,7 @@ from qwantize_vllm.hessian import HessianFile, save_hessians
 from .checkpoints import random_hessians, write_byte_tokenizer, write_tiny
 from .compare import largest_difference, sequences_of, served_layers, tensors_of
 from .conftest import TINY_PROMPTS
+from .moe_checkpoints import MIXTRAL, write_moe
 from .probe import probe
 from .test_commands import run
 
@@ -78,10 +79,11 @@ def test_nan_on_one_rank_ends_all(engines, broken):
     assert "qwantize: model.layers.1.mlp.gate_up_proj: weight (256, 128) holds 3 NaN and 2 infinite elements" in log
 
 
-@pytest.fixture
-def reader(tmp_path: Path) -> Path:
-    """The tiny model with a tokenizer."""
-    checkpoint = write_tiny(tmp_path / "reader")
+@pytest.fixture(params=["dense", "experts"])
+def reader(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A tiny model with a tokenizer."""
+    path = tmp_path / "reader"
+    checkpoint = write_tiny(path) if request.param == "dense" else write_moe(path, MIXTRAL)
     write_byte_tokenizer(checkpoint)
     return checkpoint
 
@@ -102,7 +104,7 @@ def test_two_ranks_calibrate_as_one(reader):
     assert (one.info.tokens, one.info.dtype) == (200, "float32")
     assert two.info == one.info
     assert two.names == one.names
-    assert len(one.names) == 8
+    assert len(one.names) in (8, 20)  # without experts, with 4 a layer
     for name in one.names:
         whole, joined = one.read_all(name), two.read_all(name)
         assert joined.shape == whole.shape

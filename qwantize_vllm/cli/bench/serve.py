@@ -16,7 +16,7 @@ _METHODS = {"bf16": None, "qwantize": "qwantize"}
 
 def bench_serve(
     shape: Annotated[
-        str, typer.Option(help="Shape of the model, its weights random: llama-3-8b or tiny.")
+        str, typer.Option(help="Shape of the model, its weights random: llama-3-8b, qwen3-30b-a3b or tiny.")
     ] = "llama-3-8b",
     new_tokens: Annotated[int, typer.Option(help="Tokens generated for each request.")] = 256,
     prefill_tokens: Annotated[int, typer.Option(help="Prompt of the prefill measurement.")] = 4096,

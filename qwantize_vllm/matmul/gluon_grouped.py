@@ -1,0 +1,322 @@
+"""The experts of a mixture on Hopper, in Gluon: for so many tokens that tensor cores are what products cost.
+
+Each product is that of gluon_wgmma.py, where producer, consumers and buffers are explained. The TMA fetches adjacent
+rows only, so a token is first copied to each of the tiles that its experts have in the plan (triton_plan.py). Then h
+stays in the order of the plan, and what comes last, the sum over a token's experts, finds its parts by the plan.
+
+Rows of gate and up lie eight by eight in turn: both of a row are in registers of one thread, and only h is stored.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from qwantize_vllm.matmul.experts import SwizzledExperts
+from qwantize_vllm.matmul.gluon_fragments import decode_tile, load_scales
+from qwantize_vllm.matmul.gluon_wgmma import (
+    _CHUNK,
+    _CHUNK_WORDS,
+    _TOKENS_IN_CACHE,
+    X_LAYOUT,
+    _barriers,
+    _load,
+    _rows,
+    _start,
+    _store,
+)
+from qwantize_vllm.matmul.gpu import multiprocessors
+from qwantize_vllm.matmul.grouped_shapes import choose_grouped_wgmma
+from qwantize_vllm.matmul.triton_grouped import sum_experts
+from qwantize_vllm.matmul.triton_plan import make_plan, slots_for
+from qwantize_vllm.matmul.wgmma_shapes import WgmmaShape
+
+# Of h: half as wide as a tile of rows.
+H_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+_COPY_COLUMNS = 1024
+
+
+def why_not_wgmma(w13: SwizzledExperts, w2: SwizzledExperts) -> str | None:
+    """Why this kernel cannot multiply by the weights; None where it can. The TMA wants rows of whole 16 bytes."""
+    sizes = (w13.shape[1], w2.shape[1], w2.shape[0])
+    return f"needs sizes that are multiples of 8, got {sizes}" if any(size % 8 for size in sizes) else None
+
+
+def experts_wgmma(
+    x: torch.Tensor,
+    w13: SwizzledExperts,
+    w2: SwizzledExperts,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str,
+    shape: WgmmaShape | None = None,
+) -> torch.Tensor:
+    """As `experts_swizzled` of triton_grouped.py; shape: default the one that grouped_shapes.py chooses."""
+    y = torch.empty(x.shape[0], w2.shape[0], dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    pairs, experts = topk_ids.numel(), w13.words.shape[0]
+    shape = shape or choose_grouped_wgmma(pairs, experts)
+    ids = topk_ids.reshape(-1).to(torch.int32)
+    slots = slots_for(pairs, experts, shape.tokens)
+    plan, rows = make_plan(ids, experts, shape.tokens, slots), slots * shape.tokens
+    inputs, h, z = (
+        torch.empty(rows, width, dtype=x.dtype, device=x.device)
+        for width in (x.shape[1], w13.shape[0] // 2, w2.shape[0])
+    )
+    _copy_kernel[(rows,)](
+        x, plan[slots:], inputs, x.shape[1], topk_ids.shape[1], x.stride(0), COLUMNS=_COPY_COLUMNS, num_warps=4
+    )
+    _launch(inputs, w13, plan, slots, h, shape, activation)
+    _launch(h, w2, plan, slots, z, shape, "none")
+    sum_experts(z[None], topk_weights, ids, plan[slots + rows :], y)
+    return y
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: SwizzledExperts,
+    plan: torch.Tensor,
+    slots: int,
+    y: torch.Tensor,
+    shape: WgmmaShape,
+    activation: str,
+) -> None:
+    groups, tiles = weight.words.shape[1:3]
+    row_tiles = triton.cdiv(groups, shape.groups)
+    works, width = slots * row_tiles, 64 if activation == "none" else 32
+    y_layout = X_LAYOUT if activation == "none" else H_LAYOUT
+    _grouped_wgmma_kernel[(min(works, multiprocessors(x.device)),)](
+        TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [shape.tokens, 64], X_LAYOUT),
+        _rows(weight.words, 256, 4 * _CHUNK.value),
+        _rows(weight.scales, 64 * _CHUNK.value, 1),
+        TensorDescriptor(y, list(y.shape), [y.stride(0), 1], [shape.tokens, width], y_layout),
+        weight.global_scales,
+        plan,
+        tiles,
+        weight.scales.shape[2],
+        groups,
+        slots,
+        row_tiles,
+        MEMBERS=weight.global_scales.shape[1],
+        BLOCK_SIZE=weight.block_size,
+        ACTIVATION=activation,
+        TOKENS=shape.tokens,
+        GROUPS=shape.groups,
+        X_TILES=shape.x_tiles,
+        X_STAGES=shape.x_stages,
+        STAGES=shape.stages,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _copy_kernel(x_ptr, pairs_ptr, out_ptr, k, top_k, x_stride, COLUMNS: tl.constexpr):
+    """Row i of the result is that of x whose token pair i of the plan has; others are left as they are."""
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.load(pairs_ptr + row)
+    if pair < 0:
+        return
+    x_ptr += (pair // top_k).to(tl.int64) * x_stride
+    for start in range(0, k, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        tl.store(out_ptr + row * k + column, tl.load(x_ptr + column, mask=column < k), mask=column < k)
+
+
+@gluon.jit
+def _place(work, extent, plan_ptr, TOKENS: gl.constexpr):
+    """Of a work: its expert, -1 for none, its slot, and its tile of rows. Neighbours share their rows."""
+    slots, row_tiles = extent[3], extent[4]
+    NEIGHBOURS: gl.constexpr = _TOKENS_IN_CACHE // TOKENS
+    band = work // (NEIGHBOURS * row_tiles) * NEIGHBOURS
+    width = gl.minimum(slots - band, NEIGHBOURS)
+    inside = work % (NEIGHBOURS * row_tiles)
+    slot = band + inside % width
+    return gl.load(plan_ptr + slot), slot, inside // width
+
+
+@gluon.jit
+def _produce(operands, buffers, extent, plan_ptr):
+    x_desc, words_desc, scales_desc = operands
+    x_bufs, words_bufs, scales_bufs, x_ready, x_empty, ready, empty = buffers
+    tiles, chunks, groups, slots, row_tiles = extent
+    STAGES: gl.constexpr = ready.shape[0]
+    GROUPS: gl.constexpr = words_bufs.shape[0] // STAGES
+    X_STAGES: gl.constexpr = x_ready.shape[0]
+    X_TILES: gl.constexpr = x_bufs.shape[0] // X_STAGES
+    TOKENS: gl.constexpr = x_bufs.shape[1]
+    BYTES: gl.constexpr = GROUPS * (_CHUNK_WORDS + 256 * scales_desc.dtype.primitive_bitwidth // 8)
+    turn = 0
+    for work in range(gl.program_id(0), slots * row_tiles, gl.num_programs(0)):
+        expert, slot, row = _place(work, extent, plan_ptr, TOKENS)
+        here = gl.where(expert < 0, 0, chunks)
+        for chunk in range(0, here):
+            stage = turn % STAGES
+            mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
+            mbarrier.expect(ready.index(stage), BYTES)
+            for part in gl.static_range(GROUPS):
+                # Beyond the last group there are rows of the next expert: they are multiplied, and not stored.
+                group, buffer = expert * groups + row * GROUPS + part, stage * GROUPS + part
+                first = (group * tiles + chunk * _CHUNK) * 4
+                _load(words_desc, [first, 0], ready.index(stage), words_bufs.index(buffer))
+                _load(scales_desc, [group * chunks + chunk, 0], ready.index(stage), scales_bufs.index(buffer))
+            for tile in gl.static_range(_CHUNK):
+                x_turn = turn * (_CHUNK // X_TILES) + tile // X_TILES
+                stage = x_turn % X_STAGES
+                if tile % X_TILES == 0:
+                    mbarrier.wait(x_empty.index(stage), ((x_turn // X_STAGES) & 1) ^ 1)
+                    mbarrier.expect(x_ready.index(stage), X_TILES * TOKENS * 128)
+                place = [slot * TOKENS, (chunk * _CHUNK + tile) * 64]
+                _load(x_desc, place, x_ready.index(stage), x_bufs.index(stage * X_TILES + tile % X_TILES))
+            turn += 1
+
+
+@gluon.jit
+def _consume(
+    buffers,
+    extent,
+    result,
+    plan_ptr,
+    PART: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    MEMBERS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+):
+    x_bufs, words_bufs, scales_bufs, x_ready, x_empty, ready, empty = buffers
+    chunks, slots, row_tiles = extent[1], extent[3], extent[4]
+    x_buffers = (x_bufs, x_ready, x_empty)
+    dtype: gl.constexpr = x_bufs.dtype
+    STAGES: gl.constexpr = ready.shape[0]
+    GROUPS: gl.constexpr = words_bufs.shape[0] // STAGES
+    X_STAGES: gl.constexpr = x_ready.shape[0]
+    X_TILES: gl.constexpr = x_bufs.shape[0] // X_STAGES
+    TOKENS: gl.constexpr = x_bufs.shape[1]
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    turn = 0
+    for work in range(gl.program_id(0), slots * row_tiles, gl.num_programs(0)):
+        expert, slot, row = _place(work, extent, plan_ptr, TOKENS)
+        if expert >= 0:
+            total = gl.zeros((64, TOKENS), gl.float32, MMA)
+            stage = turn % STAGES
+            mbarrier.wait(ready.index(stage), (turn // STAGES) & 1)
+            words = words_bufs.index(stage * GROUPS + PART)
+            scales = load_scales(scales_bufs.index(stage * GROUPS + PART), DOT)
+            even = decode_tile(words, 0, scales, dtype, BLOCK_SIZE, DOT)
+            for chunk in range(0, chunks):
+                words = words_bufs.index(turn % STAGES * GROUPS + PART)
+                acc = _start(total, even, even, x_buffers, turn, 0)
+                odd = decode_tile(words, 1, scales, dtype, BLOCK_SIZE, DOT)
+                acc = _start(acc, odd, even, x_buffers, turn, 1)
+                even = decode_tile(words, 2, scales, dtype, BLOCK_SIZE, DOT)
+                acc = _start(acc, even, odd, x_buffers, turn, 2)
+                odd = decode_tile(words, 3, scales, dtype, BLOCK_SIZE, DOT)
+                acc = _start(acc, odd, even, x_buffers, turn, 3)
+                mbarrier.arrive(empty.index(turn % STAGES), count=1)
+                turn += 1
+                stage = turn % STAGES
+                mbarrier.wait(ready.index(stage), (turn // STAGES) & 1, pred=chunk + 1 < chunks)
+                scales = load_scales(scales_bufs.index(stage * GROUPS + PART), DOT)
+                even = decode_tile(words_bufs.index(stage * GROUPS + PART), 0, scales, dtype, BLOCK_SIZE, DOT)
+                total, _, _, _, _ = warpgroup_mma_wait(0, deps=(acc, odd[0], odd[1], odd[2], odd[3]))
+                mbarrier.arrive(x_empty.index((turn * (_CHUNK // X_TILES) - 1) % X_STAGES), count=1)
+            _finish(total, result, expert, slot, row * GROUPS + PART, MEMBERS, ACTIVATION)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _finish(total, result, expert, slot, group, MEMBERS: gl.constexpr, ACTIVATION: gl.constexpr):
+    """y = total * global_scale, or h = activation(gate) * up."""
+    y_desc, y_buf, global_scales_ptr = result
+    TOKENS: gl.constexpr = total.shape[1]
+    RESCALE: gl.constexpr = 2.0**8 if y_desc.dtype == gl.bfloat16 else 2.0**7
+    scale = gl.load(global_scales_ptr + expert * MEMBERS) * RESCALE
+    if ACTIVATION == "none":
+        y = total * scale
+    else:
+        up_scale = gl.load(global_scales_ptr + expert * MEMBERS + MEMBERS - 1) * RESCALE
+        gate, up = gl.split(gl.permute(gl.reshape(total, (4, 2, 8, TOKENS)), (0, 2, 3, 1)))
+        y = gl.reshape(_activate(gate * scale, ACTIVATION) * (up * up_scale), (32, TOKENS))
+    tma.store_wait(0)
+    y_buf.permute((1, 0)).store(y.to(y_desc.dtype))
+    fence_async_shared()
+    _store(y_desc, [slot * TOKENS, group * y_desc.block_shape[1]], y_buf)
+
+
+@gluon.jit
+def _activate(gate, ACTIVATION: gl.constexpr):
+    if ACTIVATION == "silu":
+        return gate / (1.0 + gl.exp(-gate))
+    elif ACTIVATION == "gelu":
+        return 0.5 * gate * (1.0 + gl.erf(gate * 0.7071067811865476))
+    else:
+        return gate / (1.0 + gl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
+
+
+@gluon.jit(do_not_specialize=["tiles", "chunks", "groups", "slots", "row_tiles"])
+def _grouped_wgmma_kernel(
+    x_desc,
+    words_desc,
+    scales_desc,
+    y_desc,
+    global_scales_ptr,
+    plan_ptr,
+    tiles,
+    chunks,
+    groups,
+    slots,
+    row_tiles,
+    MEMBERS: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    TOKENS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    X_TILES: gl.constexpr,
+    X_STAGES: gl.constexpr,
+    STAGES: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    dtype: gl.constexpr = x_desc.dtype
+    x_bufs = gl.allocate_shared_memory(dtype, [X_STAGES * X_TILES, TOKENS, 64], x_desc.layout)
+    y_bufs = gl.allocate_shared_memory(dtype, [GROUPS, TOKENS, y_desc.block_shape[1]], y_desc.layout)
+    words_bufs = gl.allocate_shared_memory(words_desc.dtype, [STAGES * GROUPS, 16, 256], words_desc.layout)
+    scales_bufs = gl.allocate_shared_memory(scales_desc.dtype, [STAGES * GROUPS, 1, 256], scales_desc.layout)
+    x_ready, x_empty = _barriers(X_STAGES, GROUPS)
+    ready, empty = _barriers(STAGES, GROUPS)
+    operands = (x_desc, words_desc, scales_desc)
+    buffers = (x_bufs, words_bufs, scales_bufs, x_ready, x_empty, ready, empty)
+    extent = (tiles, chunks, groups, slots, row_tiles)
+    first = (y_desc, y_bufs.index(0), global_scales_ptr)
+    second = (y_desc, y_bufs.index(1), global_scales_ptr)
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (buffers, extent, first, plan_ptr, 0, BLOCK_SIZE, MEMBERS, ACTIVATION)),
+                (_consume, (buffers, extent, second, plan_ptr, 1, BLOCK_SIZE, MEMBERS, ACTIVATION)),
+                (_produce, (operands, buffers, extent, plan_ptr)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        third = (y_desc, y_bufs.index(2), global_scales_ptr)
+        gl.warp_specialize(
+            [
+                (_consume, (buffers, extent, first, plan_ptr, 0, BLOCK_SIZE, MEMBERS, ACTIVATION)),
+                (_consume, (buffers, extent, second, plan_ptr, 1, BLOCK_SIZE, MEMBERS, ACTIVATION)),
+                (_consume, (buffers, extent, third, plan_ptr, 2, BLOCK_SIZE, MEMBERS, ACTIVATION)),
+                (_produce, (operands, buffers, extent, plan_ptr)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )

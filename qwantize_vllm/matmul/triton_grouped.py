@@ -1,0 +1,314 @@
+"""The experts of a mixture in two Triton launches and a sum, from swizzled weights, each token with the experts that it
+was routed to.
+
+A pair is a token and one of its top_k experts: pair p = token * top_k + i. With h = activation(gate) * up,
+
+    gate, up = W13[expert] x[token]        h[p] = ...        z[p] = W2[expert] h[p]        y[token] = sum of weight * z
+
+Each product is computed as in triton_swizzled.py, W on the left; here a program's columns are pairs of one expert, and
+it gathers their rows of x. So the pairs must be put together by expert, without the host knowing how many each has:
+
+- Few pairs: program s looks at all of them. Pair s leads a tile if the pairs of its expert that come before it are a
+  multiple of the tile's width; the program then takes it and those of its expert that follow. Otherwise it ends. At one
+  token that is one program a pair and no launch besides.
+- Many: a kernel before them counts, and writes down each tile's expert and pairs (triton_plan.py).
+
+Rows of gate and up lie eight by eight in turn, so that a thread has both of a row: h needs no exchange, and gate and up
+are never stored. A pair whose expert is negative (on another rank) is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+
+from qwantize_vllm.matmul.experts import SwizzledExperts
+from qwantize_vllm.matmul.gpu import capability_major, multiprocessors
+from qwantize_vllm.matmul.grouped_shapes import choose_grouped
+from qwantize_vllm.matmul.swizzle import COLUMNS
+from qwantize_vllm.matmul.tile_shapes import TileShape
+from qwantize_vllm.matmul.triton_fragments import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    block_values,
+    load_scales,
+    load_words,
+    rescale,
+)
+from qwantize_vllm.matmul.triton_plan import make_plan, slots_for
+from qwantize_vllm.matmul.triton_swizzled import _product
+
+# Up to the last of these numbers of pairs every program finds its own; it is compiled for each.
+_FEW_PAIRS = (16, 64, 256)
+# Slices of K, as in triton_swizzled.py.
+_PROGRAMS, _SHORTEST = 4, 8
+_SUM_COLUMNS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Who takes which pairs: `slots` programs for each tile of rows.
+
+    ids: int32 (pairs,), the expert of each. plan: None, or what triton_plan.py found out for tiles so wide.
+    """
+
+    ids: torch.Tensor
+    experts: int
+    width: int
+    slots: int
+    plan: torch.Tensor | None
+
+
+def experts_swizzled(
+    x: torch.Tensor,
+    w13: SwizzledExperts,
+    w2: SwizzledExperts,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str,
+    shapes: tuple[TileShape, TileShape] | None = None,
+    *,
+    split: bool = True,
+) -> torch.Tensor:
+    """x (M, K) bfloat16 or float16, contiguous rows -> (M, N of w2) in x's dtype.
+
+    topk_weights: float (M, top_k). topk_ids: (M, top_k) integers below E; negative: not here. activation: one of
+    ACTIVATIONS. shapes: of both products, default those of grouped_shapes.py. split: whether K may be cut into slices,
+    of which there are the more the fewer tokens: the last bits depend on it.
+    """
+    tokens, top_k = topk_ids.shape
+    y = torch.empty(tokens, w2.shape[0], dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    pairs, experts = topk_ids.numel(), w13.words.shape[0]
+    first, second = shapes or choose_grouped(capability_major(x.device), pairs, experts)
+    ids = topk_ids.reshape(-1).to(torch.int32)
+    tiles = _tiles(ids, experts, first.tokens)
+    h = torch.empty(pairs, w13.shape[0] // 2, dtype=x.dtype, device=x.device)
+    _launch(x, w13, tiles, h, first, top_k, 1, activation)
+    if second.tokens != first.tokens:
+        tiles = _tiles(ids, experts, second.tokens)
+    splits = _splits(x.device, tiles, w2, second) if split else 1
+    z = torch.empty(splits, pairs, w2.shape[0], dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
+    _launch(h, w2, tiles, z, second, 1, splits, "none")
+    sum_experts(z, topk_weights, ids, None, y)
+    return y
+
+
+def sum_experts(
+    z: torch.Tensor, topk_weights: torch.Tensor, ids: torch.Tensor, places: torch.Tensor | None, y: torch.Tensor
+) -> None:
+    """y (M, N): of each token the weighted sum over its pairs, and over slices of K.
+
+    z: (slices, rows, N). ids: int32 (pairs,), negative: not there. places: int32 (pairs,), the row of each, default
+    their order.
+    """
+    (splits, rows, n), (tokens, top_k) = z.shape, topk_weights.shape
+    _sum_kernel[(tokens, triton.cdiv(n, _SUM_COLUMNS))](
+        z,
+        topk_weights,
+        ids,
+        places,
+        y,
+        rows,
+        n,
+        splits,
+        TOP_K=top_k,
+        COLUMNS=_SUM_COLUMNS,
+        num_warps=2,
+    )
+
+
+def _tiles(ids: torch.Tensor, experts: int, width: int) -> Tiles:
+    pairs = len(ids)
+    if pairs <= _FEW_PAIRS[-1]:
+        return Tiles(ids, experts, width, pairs, None)
+    slots = slots_for(pairs, experts, width)
+    return Tiles(ids, experts, width, slots, make_plan(ids, experts, width, slots))
+
+
+def _splits(device: torch.device, tiles: Tiles, weight: SwizzledExperts, shape: TileShape) -> int:
+    """Slices of K, a power of two, so that few rows still fill the GPU."""
+    groups, columns = weight.words.shape[1:3]
+    programs = min(tiles.slots, tiles.experts) * triton.cdiv(groups, shape.groups)
+    wanted = _PROGRAMS * multiprocessors(device) // programs
+    splits = max(1, min(columns // _SHORTEST, wanted))
+    return 1 << (splits.bit_length() - 1)
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: SwizzledExperts,
+    tiles: Tiles,
+    y: torch.Tensor,
+    shape: TileShape,
+    share: int,
+    splits: int,
+    activation: str,
+) -> None:
+    """share: pairs that share a row of x, one after the other."""
+    groups, columns = weight.words.shape[1:3]
+    (n, k), planned = weight.shape, tiles.plan is not None
+    _grouped_kernel[(tiles.slots, triton.cdiv(groups, shape.groups), splits)](
+        x,
+        weight.words,
+        weight.scales,
+        weight.global_scales,
+        tiles.ids,
+        tiles.plan,
+        y,
+        len(tiles.ids),
+        tiles.slots,
+        n,
+        k,
+        groups,
+        columns,
+        share,
+        x.stride(0),
+        MEMBERS=weight.global_scales.shape[1],
+        BLOCK_SIZE=weight.block_size,
+        TILE_M=shape.tokens,
+        GROUPS=shape.groups,
+        STEPS=shape.steps,
+        PAIRS=0 if planned else next(few for few in _FEW_PAIRS if len(tiles.ids) <= few),
+        WHOLE_K=k % (shape.steps * COLUMNS) == 0,
+        ACTIVATION=activation,
+        PTX=x.is_cuda and torch.version.hip is None,
+        STAGES=shape.stages,
+        num_warps=shape.warps,
+    )
+
+
+@triton.jit(do_not_specialize=["pairs", "slots", "groups", "tiles", "share"])
+def _grouped_kernel(
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    global_scales_ptr,
+    ids_ptr,
+    plan_ptr,
+    y_ptr,
+    pairs,
+    slots,
+    n,
+    k,
+    groups,
+    tiles,
+    share,
+    x_stride,
+    MEMBERS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STEPS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PTX: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # Neighbouring programs share their weights and differ in their pairs.
+    slot = tl.program_id(0)
+    if PAIRS > 0:
+        expert, pair = _lead(ids_ptr, slot, pairs, TILE_M, PAIRS)
+    else:
+        expert = tl.load(plan_ptr + slot)
+        pair = tl.load(plan_ptr + slots + slot * TILE_M + tl.arange(0, TILE_M))
+    if expert < 0:
+        return
+    first = tl.program_id(1) * GROUPS
+    split, splits = tl.program_id(2), tl.num_programs(2)
+    whole_group: tl.constexpr = TILE_ROWS * TILE_COLUMNS // 4
+    words_ptr += expert.to(tl.int64) * groups * tiles * whole_group
+    scales_ptr += expert.to(tl.int64) * groups * tl.cdiv(tiles, 4) * (4 * TILE_ROWS)
+    inside = (pair >= 0)[None, :]
+    x_ptr += (pair // share).to(tl.int64)[None, :] * x_stride
+    dtype = x_ptr.dtype.element_ty
+    total = tl.zeros((GROUPS * TILE_ROWS, TILE_M), dtype=tl.float32)
+    turns = tl.cdiv(tiles, STEPS)
+    for turn in tl.range(split * turns // splits, (split + 1) * turns // splits, num_stages=STAGES):
+        words = load_words(words_ptr, first, groups, turn * STEPS, tiles, GROUPS, STEPS, WHOLE_K)
+        scales = load_scales(scales_ptr, first, groups, turn * STEPS, tiles, GROUPS, STEPS)
+        column = turn * (STEPS * TILE_COLUMNS) + tl.arange(0, STEPS * TILE_COLUMNS)
+        there = inside if WHOLE_K else inside & (column < k)[:, None]
+        x = tl.load(x_ptr + column[:, None], mask=there, other=0.0)
+        total = _product(block_values(words, scales, dtype, BLOCK_SIZE, PTX), x, total, PTX)
+    scale = tl.load(global_scales_ptr + expert * MEMBERS) * rescale(dtype, PTX)
+    if ACTIVATION == "none":
+        result = total * scale
+        row = first * TILE_ROWS + tl.arange(0, GROUPS * TILE_ROWS)
+        rows = n
+    else:
+        up_scale = tl.load(global_scales_ptr + expert * MEMBERS + MEMBERS - 1) * rescale(dtype, PTX)
+        gate, up = _gate_and_up(total, GROUPS, TILE_M)
+        result = _activate(gate * scale, ACTIVATION) * (up * up_scale)
+        row = first * (TILE_ROWS // 2) + tl.arange(0, GROUPS * TILE_ROWS // 2)
+        rows = n // 2
+    y_ptr += (split.to(tl.int64) * pairs + pair)[None, :] * rows + row[:, None]
+    tl.store(y_ptr, result.to(y_ptr.dtype.element_ty), mask=(row < rows)[:, None] & inside)
+
+
+@triton.jit
+def _lead(ids_ptr, slot, pairs, TILE_M: tl.constexpr, PAIRS: tl.constexpr):
+    """The expert of the tile that pair `slot` leads, -1 where it leads none, and the tile's pairs (TILE_M,), -1 where
+    there are no more."""
+    pair = tl.arange(0, PAIRS)
+    ids = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1)
+    expert = tl.load(ids_ptr + slot)
+    same = (ids == expert).to(tl.int32)
+    rank = tl.cumsum(same, 0) - 1
+    before = tl.sum(tl.where(pair < slot, same, 0), 0)
+    wanted = before + tl.arange(0, TILE_M)
+    match = (same > 0)[:, None] & (rank[:, None] == wanted[None, :])
+    found = tl.sum(tl.where(match, pair[:, None] + 1, 0), 0) - 1
+    return tl.where(before % TILE_M == 0, expert, -1), found
+
+
+@triton.jit
+def _gate_and_up(total, GROUPS: tl.constexpr, TILE_M: tl.constexpr):
+    """Both (32 * GROUPS rows, TILE_M): of each 16 rows the first eight and the last."""
+    parts = tl.reshape(total, (GROUPS * TILE_ROWS // 16, 2, 8, TILE_M))
+    gate, up = tl.split(tl.permute(parts, (0, 2, 3, 1)))
+    gate = tl.reshape(gate, (GROUPS * TILE_ROWS // 2, TILE_M))
+    return gate, tl.reshape(up, (GROUPS * TILE_ROWS // 2, TILE_M))
+
+
+@triton.jit
+def _activate(gate, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return gate / (1.0 + tl.exp(-gate))
+    elif ACTIVATION == "gelu":
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:
+        # gelu_tanh: (1 + tanh(u)) / 2 = sigmoid(2u), u = sqrt(2 / pi) * (g + 0.044715 g^3)
+        return gate / (1.0 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
+
+
+@triton.jit
+def _sum_kernel(
+    z_ptr,
+    weights_ptr,
+    ids_ptr,
+    places_ptr,
+    y_ptr,
+    rows,
+    n,
+    splits,
+    TOP_K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """y[token] = sum over its pairs and the slices of K of weight * z, in float32, in the same order every time."""
+    token = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    y = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for split in range(0, splits):
+        for choice in tl.static_range(TOP_K):
+            pair = token * TOP_K + choice
+            end = tl.where(tl.load(ids_ptr + pair) >= 0, n, 0)
+            row = pair if places_ptr is None else tl.load(places_ptr + pair)
+            z = tl.load(z_ptr + (split * rows + row).to(tl.int64) * n + column, mask=column < end, other=0.0)
+            y += z.to(tl.float32) * tl.load(weights_ptr + pair).to(tl.float32)
+    tl.store(y_ptr + token.to(tl.int64) * n + column, y.to(y_ptr.dtype.element_ty), mask=column < n)

@@ -1,0 +1,265 @@
+"""QwantizeMoEMethod: the experts of a layer, quantized as soon as all of their weights have arrived."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+import torch
+from vllm.distributed import get_ep_group, get_tp_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.utils import set_weight_attrs
+
+from qwantize_vllm.format import Nvfp4Tensor
+from qwantize_vllm.hessian import HessianFile
+from qwantize_vllm.matmul.experts import ACTIVATIONS
+from qwantize_vllm.plugin.expert_weights import ExpertForm, QuantizedExperts, choose_expert_form
+from qwantize_vllm.plugin.linear import _open_hessians, largest_over_ranks
+from qwantize_vllm.plugin.report import LoadReport
+from qwantize_vllm.search.quality import signal_and_noise
+from qwantize_vllm.search.quantize import describe_nonfinite, matrix_amax, resolve_global_scale, search_nvfp4
+from qwantize_vllm.settings import QwantizeSettings
+
+logger = init_logger(f"vllm.{__name__}")
+_DONE = "_already_called_process_weights_after_loading"  # vLLM's reload clears it
+_CHUNK_ELEMENTS = 2**28  # weights searched at once, in whole experts
+WEIGHTS = ("w13", "w2")  # vLLM's names: gate above up, and down
+
+
+def why_not_experts(moe: FusedMoEConfig, settings: QwantizeSettings) -> str | None:
+    """Why experts of such a layer stay as they are, the same on every rank; None where they are quantized."""
+    limits = [name for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta") if getattr(moe, name, None) is not None]
+    sizes = (moe.hidden_dim, moe.intermediate_size_per_partition)
+    if moe.has_bias:
+        return "experts with biases are not supported yet"
+    if moe.activation.value not in ACTIVATIONS or limits:
+        return f"experts with activation {moe.activation.value}{' and '.join(['', *limits])} are not supported yet"
+    if moe.is_lora_enabled:
+        return "with LoRA vLLM puts kernels of its own in the experts' place"
+    if any(size % settings.block_size for size in sizes):
+        return f"K={sizes[0]} and K={sizes[1]} are not multiples of block_size {settings.block_size}"
+    return None
+
+
+def expert_members(layer: RoutedExperts, prefix: str) -> list[str]:
+    """Names of the checkpoint's layers that all experts of a layer are made of."""
+    names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+    return [f"{prefix}.{expert}.{name}" for expert in range(layer.global_num_experts) for name in names if name]
+
+
+class QwantizeMoEMethod(FusedMoEMethodBase):
+    """Replaces the dense weights of all experts by one of the forms of expert_weights.py.
+
+    As in linear.py weights are created on the meta device, and at any time at most one layer of dense experts exists.
+    Every expert has global scales of its own: one for w13, or with `amax_per_member` one for gate and one for up, and
+    one for w2.
+    """
+
+    uses_meta_device = True
+
+    def __init__(self, settings: QwantizeSettings, name: str, report: LoadReport, moe: FusedMoEConfig) -> None:
+        super().__init__(moe)
+        self.settings, self.name, self.report = settings, name, report
+        self.search = settings.scale_search
+        # Full Hessians of experts are not measured: where gptq is asked for, there are none.
+        self.refine = "none" if settings.refine == "gptq" else settings.refine
+        self._unreached: set[int] = set()
+        self._form: ExpertForm | None = None
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Create the dense weights on the meta device.
+
+        Raises:
+            ValueError: the Hessian file does not fit the layer.
+        """
+        add_dense_weights(
+            layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **extra_weight_attrs
+        )
+        if self.settings.hessian is not None:
+            # Here, so that a file that does not fit is refused before weights are read.
+            self._find_hessians(layer, hidden_size)
+        self.report.expect(self.name)
+        initialize_online_processing(layer)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Replace the dense weights by codes and scales.
+
+        Raises:
+            ValueError: a weight holds NaN or infinities; names the layer and counts them.
+        """
+        if getattr(layer, _DONE, False):
+            return
+        began = time.perf_counter()
+        dense = {name: getattr(layer, f"{name}_weight").data for name in WEIGHTS}
+        before, dtype = sum(weight.nbytes for weight in dense.values()), dense["w2"].dtype
+        quantized = {name: self.quantize(layer, name, weight) for name, weight in dense.items()}
+        parts = [part for name in WEIGHTS for part in matrices_of(dense[name], quantized[name])]
+        energies = [signal_and_noise(*part) for part in parts]
+        signal, noise = (float(sum(each)) for each in zip(*energies, strict=True))
+        experts = QuantizedExperts(quantized["w13"], quantized["w2"], dtype)
+        self._form = self._form or choose_expert_form(self.settings, experts, self.name)
+        after = self._form.keep(layer, experts)
+        setattr(layer, _DONE, True)
+        self.report.quantized(self.name, before, after, signal, noise, began)
+
+    def quantize(self, layer: RoutedExperts, name: str, weight: torch.Tensor) -> Nvfp4Tensor:
+        """A weight (E, N, K) of this rank as (E, members, N/members, K), each member with a global scale."""
+        members = 2 if name == "w13" and self.settings.global_scale == "amax_per_member" else 1
+        matrices = weight.unflatten(1, (members, -1))
+        amax = largest_over_ranks(matrix_amax(matrices), _group(self.moe))
+        if not bool(torch.isfinite(amax).all()):
+            raise ValueError(
+                f"qwantize: {self.name}: {name} of all experts: {describe_nonfinite(weight)} (on this rank)"
+            )
+        scales = resolve_global_scale(amax, "none" if self.settings.global_scale == "none" else "amax")
+        step = max(1, _CHUNK_ELEMENTS // weight[0].numel())
+        parts = [slice(start, start + step) for start in range(0, len(weight), step)]
+        return concatenate([self._search(layer, name, matrices[part], scales[part], part) for part in parts])
+
+    def _search(
+        self, layer: RoutedExperts, name: str, matrices: torch.Tensor, scales: torch.Tensor, part: slice
+    ) -> Nvfp4Tensor:
+        """Some of the experts (e, members, N/members, K), those whose numbers on this rank are `part`."""
+        block_size = self.settings.block_size
+        if self.search != "hessian":
+            return search_nvfp4(matrices, self.search, block_size, scales)
+        experts = local_experts(layer)[part]
+        hessians = self._hessians(layer, name, experts, matrices.shape[-1]).to(matrices.device)
+        q = search_nvfp4(matrices, "hessian", block_size, scales, hessians[:, None], refine=self.refine)
+        if unreached := [i for i, expert in enumerate(experts) if expert in self._unreached]:
+            other = search_nvfp4(matrices[unreached], "optimal", block_size, scales[unreached])
+            q.codes[unreached] = other.codes
+            q.block_scales.view(torch.uint8)[unreached] = other.block_scales.view(torch.uint8)
+        return q
+
+    def _find_hessians(self, layer: RoutedExperts, hidden_size: int) -> None:
+        """See that the file has this rank's experts; if it has not, and may, they are searched without.
+
+        Raises:
+            ValueError: it does not fit; or it has not all of them, or was measured without reaching all, and strict.
+        """
+        file, block_size = _hessian_file(self.settings), self.settings.block_size
+        experts, strict = local_experts(layer), self.settings.strict
+        names = {name: [f"{self.name}.{expert}.{name}" for expert in experts] for name in WEIGHTS}
+        if not strict and not all(file.has([each]) for each in itertools.chain(*names.values())):
+            self.search = "optimal"
+            self.report.without_hessian(self.name)
+            return
+        sizes = {"w13": hidden_size, "w2": self.moe.intermediate_size}
+        for name, each in names.items():
+            file.check_blocks(each, sizes[name] // block_size)
+        seen = file.read_each(names["w13"], 0, sizes["w13"] // block_size).flatten(1).any(1)
+        self._unreached = {expert for expert, reached in zip(experts, seen.tolist(), strict=True) if not reached}
+        if self._unreached:
+            message = f"qwantize: {self.name}: no token of {file.path} was routed to experts {sorted(self._unreached)}"
+            if strict:
+                raise ValueError(f"{message}; calibrate on more text (strict: true)")
+            logger.warning("%s; they are searched by optimal", message)
+
+    def _hessians(self, layer: RoutedExperts, name: str, experts: list[int], k: int) -> torch.Tensor:
+        """Block Hessians of some experts (e, K/block_size, block_size, block_size), those of this rank's K."""
+        blocks = k // self.settings.block_size
+        start = self.moe.tp_rank * blocks if name == "w2" else 0
+        names = [f"{self.name}.{expert}.{name}" for expert in experts]
+        return _hessian_file(self.settings).read_each(names, start, start + blocks)
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x (M, K) -> (M, K): the experts of this rank; vLLM has computed the shared ones, and adds up ranks."""
+        if self._form is None:
+            raise RuntimeError(f"qwantize: {self.name} is called before its weights were loaded")
+        x, topk_weights = weighted_input(layer, x, topk_weights)
+        return self._form.apply(layer, x, topk_weights, topk_ids)
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        """None: what vLLM's own kernels would have to know."""
+
+    def maybe_make_prepare_finalize(self, *args: Any, **kwargs: Any) -> None:
+        """None, which vLLM 0.25 asks for: tokens are exchanged among data-parallel ranks before and after `apply`."""
+
+
+def add_dense_weights(
+    layer: RoutedExperts,
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size_per_partition: int,
+    params_dtype: torch.dtype,
+    **extra_weight_attrs: Any,
+) -> None:
+    """Create w13_weight (E, 2I, K) and w2_weight (E, K, I) on the meta device."""
+    layer.num_experts = num_experts
+    shapes = {
+        "w13": (num_experts, 2 * intermediate_size_per_partition, hidden_size),
+        "w2": (num_experts, hidden_size, intermediate_size_per_partition),
+    }
+    for name, shape in shapes.items():
+        weight = torch.nn.Parameter(torch.empty(shape, dtype=params_dtype, device="meta"), requires_grad=False)
+        layer.register_parameter(f"{name}_weight", weight)
+        set_weight_attrs(weight, extra_weight_attrs)
+
+
+def weighted_input(
+    layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and the weights of the results; some models, of one expert a token, weight x instead."""
+    if not layer.apply_router_weight_on_input:
+        return x, topk_weights
+    return x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
+
+
+def local_experts(layer: RoutedExperts) -> list[int]:
+    """The numbers that this rank's experts have in the model, in the order in which it holds them."""
+    if layer.expert_map is None:
+        return list(range(layer.local_num_experts))
+    places = layer.expert_map.tolist()
+    return sorted((expert for expert, place in enumerate(places) if place >= 0), key=places.__getitem__)
+
+
+def matrices_of(weight: torch.Tensor, q: Nvfp4Tensor) -> list[tuple[torch.Tensor, Nvfp4Tensor]]:
+    """The matrices (N/members, K) of all experts, from (E, N, K), each with what became of it."""
+    matrices = weight.unflatten(1, (q.shape[1], -1)).flatten(0, 1)
+    flat = Nvfp4Tensor(q.codes.flatten(0, 1), q.block_scales.flatten(0, 1), q.global_scale.flatten(), q.block_size)
+    return [(matrices[i], flat[i]) for i in range(len(matrices))]
+
+
+def concatenate(parts: list[Nvfp4Tensor]) -> Nvfp4Tensor:
+    """Batches one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return Nvfp4Tensor(
+        torch.cat([q.codes for q in parts]),
+        torch.cat([q.block_scales.view(torch.uint8) for q in parts]).view(parts[0].block_scales.dtype),
+        torch.cat([q.global_scale for q in parts]),
+        parts[0].block_size,
+    )
+
+
+def _group(moe: FusedMoEConfig) -> Any:
+    """Who shares the rows and columns of each expert with this rank; None where nobody does."""
+    if moe.tp_size == 1:
+        return None
+    # Without expert parallelism the ranks of data parallelism share experts too.
+    group = get_tp_group()
+    return group if group.world_size == moe.tp_size else get_ep_group()
+
+
+def _hessian_file(settings: QwantizeSettings) -> HessianFile:
+    return _open_hessians(str(settings.hessian), settings.block_size)

@@ -1,0 +1,108 @@
+"""vLLM's own kernels for experts: Marlin, fed with the codes and scales of this package, and the dense one to compare.
+
+Written from the sources of vLLM 0.25.1 and 0.32.0. Nothing of its kernels is imported before a function is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qwantize_vllm.format import Nvfp4Tensor
+
+_PREPARE = "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4"
+_MULTIPLY = "vllm.model_executor.layers.fused_moe.experts.marlin_moe"
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def why_not_marlin(dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot run here with activations of this dtype, in a line; None where it can. Never raises."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 or float16, got {dtype}"
+    try:
+        supported = importlib.import_module(_PREPARE).is_fp4_marlin_supported()
+        importlib.import_module(_MULTIPLY).fused_marlin_moe  # noqa: B018
+    except Exception as error:  # another vLLM may have moved, renamed or broken anything, here that is but a reason
+        return f"is not as expected in this version of vLLM: {type(error).__name__}: {error}".splitlines()[0]
+    return None if supported else "needs a GPU of compute capability 7.5"
+
+
+class MarlinExperts:
+    """A layer's experts in Marlin's layout."""
+
+    def __init__(self) -> None:
+        self._workspace: torch.Tensor | None = None
+
+    def prepare(self, layer: Any, w13: Tensors, w2: Tensors, dtype: torch.dtype) -> dict[str, Tensors]:
+        """w13, w2: codes, block scales and global scales (E, 1) -> the same in Marlin's layout, by name."""
+        layer.params_dtype = dtype
+        tensors = [tensor.squeeze(-1) if tensor.shape[-1] == 1 else tensor for tensor in (*w13, *w2)]
+        prepared = importlib.import_module(_PREPARE).prepare_nvfp4_moe_layer_for_marlin(
+            layer, *tensors, is_act_and_mul=True
+        )
+        # Prepared once more when weights are reloaded, while CUDA graphs hold the address of the first one.
+        self._workspace = layer.workspace if self._workspace is None else self._workspace
+        return {"w13": prepared[:3], "w2": prepared[3:]}
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        w13: Sequence[torch.Tensor],
+        w2: Sequence[torch.Tensor],
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        from vllm.scalar_type import scalar_types
+
+        y: torch.Tensor = importlib.import_module(_MULTIPLY).fused_marlin_moe(
+            x.contiguous(),
+            w13[0],
+            w2[0],
+            None,
+            None,
+            w13[1],
+            w2[1],
+            topk_weights.float(),
+            topk_ids,
+            scalar_types.float4_e2m1f.id,
+            global_num_experts=layer.global_num_experts,
+            activation=layer.activation,
+            expert_map=layer.expert_map,
+            global_scale1=w13[2],
+            global_scale2=w2[2],
+            workspace=self._workspace,
+        )
+        return y
+
+
+def marlin_experts(w13: Tensors, w2: Tensors, dtype: torch.dtype) -> Any:
+    """(x, weights, ids of the experts of each token) -> the result, outside of a model, all experts on this GPU.
+
+    Raises:
+        ValueError: the kernel cannot run here.
+    """
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    if reason := why_not_marlin(dtype):
+        raise ValueError(reason)
+    layer: Any = torch.nn.Module()
+    experts = MarlinExperts()
+    layer.num_experts = layer.global_num_experts = w13[0].shape[0]
+    layer.hidden_size, layer.intermediate_size_per_partition = w2[0].shape[1], 2 * w2[0].shape[2]
+    layer.activation, layer.expert_map = MoEActivation.SILU, None
+    kept = experts.prepare(layer, w13, w2, dtype)
+    return lambda x, weights, ids: experts.apply(layer, x, kept["w13"], kept["w2"], weights, ids)
+
+
+def dense_experts(w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> Any:
+    """As `marlin_experts`, with the dequantized weights in bfloat16."""
+    from vllm.model_executor.layers.fused_moe import fused_experts
+
+    a, b = w13.dequantize(torch.bfloat16), w2.dequantize(torch.bfloat16)
+    return lambda x, weights, ids: fused_experts(x, a, b, weights, ids)

@@ -1,0 +1,169 @@
+"""Tiny mixtures of experts of random weights, as Mixtral, Qwen3-MoE and DeepSeek-V2 have them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from qwantize_vllm import Nvfp4Tensor
+
+LAYERS, EXPERTS, TOP_K, HIDDEN, INNER, HEADS, HEAD = 2, 4, 2, 128, 64, 4, 32
+_COMMON = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_experts_per_tok": TOP_K,
+    "vocab_size": 256,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "bfloat16",
+}
+MIXTRAL = {
+    **_COMMON,
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "intermediate_size": INNER,
+    "num_local_experts": EXPERTS,
+    "num_key_value_heads": 2,
+    "head_dim": HEAD,
+    "sliding_window": None,
+}
+QWEN3 = {
+    **_COMMON,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "intermediate_size": 2 * INNER,
+    "moe_intermediate_size": INNER,
+    "num_experts": EXPERTS,
+    "num_key_value_heads": 2,
+    "head_dim": HEAD,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+# Multi-head latent attention, a first layer without experts, then shared experts beside the others.
+DEEPSEEK = {
+    **_COMMON,
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "intermediate_size": 2 * INNER,
+    "moe_intermediate_size": INNER,
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "num_key_value_heads": HEADS,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+}
+# What each calls its mixture, and the gate, up and down of an expert.
+NAMES = {
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    "deepseek_v2": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+}
+
+
+def write_moe(path: Path, config: Mapping[str, Any], seed: int = 0) -> Path:
+    """A random-weight checkpoint of one of the configs above, without a tokenizer."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(_random_weights(config, seed), path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def mixture_layers(config: Mapping[str, Any]) -> list[str]:
+    """Names of the layers' mixtures, as `model.layers.1.mlp`."""
+    name, _ = NAMES[config["model_type"]]
+    return [f"model.layers.{i}.{name}" for i in range(config.get("first_k_dense_replace", 0), LAYERS)]
+
+
+def stacked(config: Mapping[str, Any], quantized: Mapping[str, Nvfp4Tensor], mixture: str) -> dict[str, Nvfp4Tensor]:
+    """w13 and w2 of all experts of a mixture, from what `quantize_checkpoint` made of the layers of each."""
+    up_and_down = ("w13", "w2") if config["model_type"] == "mixtral" else ("gate_up_proj", "down_proj")
+    weights = {}
+    for vllm_name, name in zip(("w13", "w2"), up_and_down, strict=True):
+        each = [quantized[f"{mixture}.experts.{expert}.{name}"] for expert in range(EXPERTS)]
+        scales = torch.stack([q.block_scales.view(torch.uint8) for q in each]).view(each[0].block_scales.dtype)
+        global_scales = torch.stack([q.global_scale for q in each])
+        weights[vllm_name] = Nvfp4Tensor(torch.stack([q.codes for q in each]), scales, global_scales)
+    return weights
+
+
+def _random_weights(config: Mapping[str, Any], seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * scale / math.sqrt(shape[-1])).bfloat16()
+
+    # Large embeddings and gates: the next token, and who computes it, depend visibly on the weights.
+    tensors = {
+        "model.embed_tokens.weight": normal(config["vocab_size"], HIDDEN, scale=4.0),
+        "lm_head.weight": normal(config["vocab_size"], HIDDEN, scale=4.0),
+        "model.norm.weight": torch.ones(HIDDEN).bfloat16(),
+    }
+    mixtures, (name, (gate, up, down)) = mixture_layers(config), NAMES[config["model_type"]]
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}"
+        attention = _latent_attention(config) if config["model_type"] == "deepseek_v2" else _attention(config)
+        tensors |= {f"{at}.self_attn.{key}.weight": normal(*shape) for key, shape in attention.items() if shape[1:]}
+        tensors |= {
+            f"{at}.self_attn.{key}.weight": torch.ones(shape).bfloat16()
+            for key, shape in attention.items()
+            if not shape[1:]
+        }
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{at}.{norm}.weight"] = torch.ones(HIDDEN).bfloat16()
+        mixture = f"{at}.{name}"
+        blocks = {f"{mixture}.experts.{expert}": INNER for expert in range(EXPERTS)}
+        if mixture in mixtures:
+            tensors[f"{mixture}.gate.weight"] = normal(EXPERTS, HIDDEN, scale=4.0)
+            if "n_shared_experts" in config:
+                blocks[f"{mixture}.shared_experts"] = INNER * config["n_shared_experts"]
+        else:
+            blocks = {mixture: config["intermediate_size"]}
+        for block, inner in blocks.items():
+            tensors[f"{block}.{gate}.weight"] = normal(inner, HIDDEN)
+            tensors[f"{block}.{up}.weight"] = normal(inner, HIDDEN)
+            tensors[f"{block}.{down}.weight"] = normal(HIDDEN, inner)
+    return tensors
+
+
+def _attention(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    keys = config["num_key_value_heads"] * HEAD
+    shapes: dict[str, tuple[int, ...]] = {"q_proj": (HEADS * HEAD, HIDDEN), "k_proj": (keys, HIDDEN)}
+    shapes |= {"v_proj": (keys, HIDDEN), "o_proj": (HIDDEN, HEADS * HEAD)}
+    return shapes | ({"q_norm": (HEAD,), "k_norm": (HEAD,)} if config["model_type"] == "qwen3_moe" else {})
+
+
+def _latent_attention(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    nope, rope, value, rank = (
+        config[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+    )
+    return {
+        "q_proj": (HEADS * (nope + rope), HIDDEN),
+        "kv_a_proj_with_mqa": (rank + rope, HIDDEN),
+        "kv_a_layernorm": (rank,),
+        "kv_b_proj": (HEADS * (nope + value), rank),
+        "o_proj": (HIDDEN, HEADS * value),
+    }

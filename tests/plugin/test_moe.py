@@ -1,0 +1,154 @@
+"""Which layers of a mixture are quantized, and what is measured of its experts."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+
+from qwantize_vllm import QwantizeSettings, block_hessian, quantize_nvfp4
+from qwantize_vllm.hessian import save_hessians
+from qwantize_vllm.plugin.config import QwantizeConfig
+from qwantize_vllm.plugin.linear import QwantizeLinearMethod
+from qwantize_vllm.plugin.measured_experts import ExpertSums, MeasuredExperts
+from qwantize_vllm.plugin.moe import QwantizeMoEMethod, local_experts, why_not_experts
+from qwantize_vllm.plugin.report import LoadReport
+
+
+def config_with(**settings):
+    config = QwantizeConfig()
+    config._resolved = QwantizeSettings(towers="quantize", **settings)  # to tell towers a model would be needed
+    return config
+
+
+@pytest.mark.parametrize("name", ["gate", "router", "shared_expert_gate"])
+def test_gates_are_left_unless_asked_for(name):
+    layer = ReplicatedLinear.__new__(ReplicatedLinear)
+    torch.nn.Module.__init__(layer)
+    prefix = f"model.layers.0.mlp.{name}"
+    assert isinstance(config_with().get_quant_method(layer, prefix), UnquantizedLinearMethod)
+    assert isinstance(config_with(quantize_gates=True).get_quant_method(layer, prefix), QwantizeLinearMethod)
+    # What merely sounds like one is quantized.
+    assert isinstance(config_with().get_quant_method(layer, "model.layers.0.mlp.gate_proj"), QwantizeLinearMethod)
+
+
+def moe_config(**changes):
+    values = {"hidden_dim": 64, "intermediate_size_per_partition": 32, "has_bias": False, "swiglu_limit": None}
+    values["is_lora_enabled"] = False
+    return types.SimpleNamespace(**values | {"activation": MoEActivation.SILU, "tp_rank": 0, "tp_size": 1} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"has_bias": True}, "biases"),
+        ({"activation": MoEActivation.SWIGLUOAI}, "activation swigluoai"),
+        ({"activation": MoEActivation.RELU2_NO_MUL}, "activation relu2_no_mul"),
+        ({"is_lora_enabled": True}, "LoRA"),
+        ({"swiglu_limit": 7.0}, "silu and swiglu_limit"),
+        ({"intermediate_size_per_partition": 40}, "K=64 and K=40 are not multiples of block_size 16"),
+    ],
+)
+def test_what_cannot_be_quantized_says_why(changes, reason):
+    found = why_not_experts(moe_config(**changes), QwantizeSettings())
+    assert found is None if reason is None else reason in found
+
+
+def test_experts_of_this_rank_in_the_order_in_which_it_holds_them():
+    layer = types.SimpleNamespace(expert_map=torch.tensor([-1, 1, -1, 0]), local_num_experts=2)
+    assert local_experts(layer) == [3, 1]
+
+
+def experts_layer(weights):
+    layer = torch.nn.Module()
+    for name, weight in weights.items():
+        layer.register_parameter(f"{name}_weight", torch.nn.Parameter(weight, requires_grad=False))
+    layer.local_num_experts, layer.expert_map, layer.top_k = len(weights["w2"]), None, 2
+    layer.activation, layer.apply_router_weight_on_input = MoEActivation.SILU, False
+    layer.moe_config = moe_config()
+    layer.quant_method = MeasuredExperts(layer.moe_config)
+    return layer
+
+
+def test_experts_measure_what_is_routed_to_them():
+    generator = torch.Generator().manual_seed(0)
+    w13, w2 = (torch.randn(shape, generator=generator) / 8 for shape in ((4, 64, 64), (4, 64, 32)))
+    layer = experts_layer({"w13": w13, "w2": w2})
+    sums = ExpertSums(layer, 16)
+    x = torch.randn(50, 64, generator=generator)
+    logits = torch.randn(50, 4, generator=generator)
+    logits[:, 2] = -torch.inf  # nobody is routed there
+    weights, ids = logits.softmax(-1).topk(2)
+    y = layer.quant_method.apply(layer, x, weights, ids)
+
+    measured = {name: total for name, _, total in sums.totals()}
+    assert sums.tokens == 50
+    truth = torch.zeros(50, 64, dtype=torch.float64)
+    for expert in range(4):
+        token, choice = (ids == expert).nonzero(as_tuple=True)
+        scale = weights[token, choice].double()[:, None]
+        gate, up = (x[token].double() @ w13[expert].double().T).chunk(2, dim=1)
+        h = torch.nn.functional.silu(gate) * up
+        truth[token] += scale * (h @ w2[expert].double().T)
+        for name, inputs in (("w13", x[token].double()), ("w2", h)):
+            blocks = (scale * inputs).unflatten(1, (inputs.shape[1] // 16, 16))
+            expected = torch.einsum("tbi,tbj->bij", blocks, blocks)
+            assert torch.allclose(measured[f"{expert}.{name}"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(y.double(), truth, rtol=1e-4, atol=1e-5)
+    assert not measured["2.w13"].any()
+
+
+def test_an_expert_that_was_never_reached_is_searched_by_optimal(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 64, 64, generator=generator)
+    hessian = block_hessian(torch.randn(100, 64, generator=generator) @ torch.randn(64, 64, generator=generator))
+    hessians = {"mlp.experts.0.w13": hessian, "mlp.experts.1.w13": torch.zeros(4, 16, 16)}
+    hessians |= {f"mlp.experts.{i}.w2": torch.zeros(2, 16, 16) for i in range(2)}
+    save_hessians(tmp_path / "h.safetensors", hessians, 16)
+    settings = {"scale_search": "hessian", "hessian": tmp_path / "h.safetensors"}
+    moe = moe_config(intermediate_size=32)
+    layer = types.SimpleNamespace(expert_map=None, local_num_experts=2)
+
+    method = QwantizeMoEMethod(QwantizeSettings(**settings), "mlp.experts", LoadReport(QwantizeSettings()), moe)
+    method._find_hessians(layer, 64)
+    q = method.quantize(layer, "w13", weight)
+    for expert, expected in enumerate(
+        (quantize_nvfp4(weight[0], "hessian", hessian=hessian), quantize_nvfp4(weight[1], "optimal"))
+    ):
+        assert torch.equal(q.codes[expert, 0], expected.codes)
+        assert torch.equal(q.block_scales[expert, 0].view(torch.uint8), expected.block_scales.view(torch.uint8))
+
+    strict = QwantizeSettings(**settings, strict=True)
+    method = QwantizeMoEMethod(strict, "mlp.experts", LoadReport(strict), moe)
+    with pytest.raises(ValueError, match=r"mlp.experts: no token .* routed to experts \[1\]; calibrate on more text"):
+        method._find_hessians(layer, 64)
+
+
+def test_nan_is_refused_with_the_layers_name():
+    method = QwantizeMoEMethod(QwantizeSettings(), "mlp.experts", LoadReport(QwantizeSettings()), moe_config())
+    weight = torch.ones(3, 64, 64)
+    weight[1, 5, 7] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"qwantize: mlp.experts: w13 of all experts: weight \(3, 64, 64\) holds 1 NaN and 0 infinite"
+    ):
+        method.quantize(None, "w13", weight)
+
+
+def test_gate_and_up_have_a_global_scale_each_where_asked_for():
+    settings = QwantizeSettings(global_scale="amax_per_member")
+    method = QwantizeMoEMethod(settings, "mlp.experts", LoadReport(settings), moe_config())
+    weight = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    q = method.quantize(None, "w13", weight)
+    assert q.shape == (3, 2, 32, 64)
+    for expert, member in ((0, 0), (2, 1)):
+        alone = quantize_nvfp4(weight[expert].chunk(2)[member])
+        assert torch.equal(q.codes[expert, member], alone.codes)
+        assert torch.equal(q.global_scale[expert, member], alone.global_scale)
+    assert method.quantize(None, "w2", weight).shape == (3, 1, 64, 64)
