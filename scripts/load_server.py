@@ -36,8 +36,10 @@ MAX_MODEL_LEN = 512
 # Without it the memory of a CPU server, quantized or not, grows by hundreds of MiB in minutes: glibc comes to keep
 # large freed tensors in its heaps, in pieces. In bytes; vLLM's own advice for CPUs is another allocator, tcmalloc.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-# On a CPU a page of the KV cache takes memory when it is first written: few blocks, so that all are soon.
+# On a CPU a page of the KV cache takes memory when it is first written: few blocks, and all are written before
+# anything is counted.
 KV_BLOCKS = 128
+KV_BLOCK_TOKENS = 128
 PATIENCE = 300.0  # seconds for a start, an answer or an end
 SAMPLE_SECONDS = 2.0
 # Growth of memory from the second fifth of the samples to the last, in which a server still warms up a little.
@@ -140,7 +142,7 @@ def serve(model: Path, port: int, log: Path, plain: bool) -> Iterator[subprocess
     quantization = [] if plain else ["--quantization", "qwantize"]
     command = [str(BIN / "vllm"), "serve", str(model), *quantization, "--served-model-name", NAME]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager"]
-    command += ["--num-gpu-blocks-override", str(KV_BLOCKS)]
+    command += ["--num-gpu-blocks-override", str(KV_BLOCKS), "--block-size", str(KV_BLOCK_TOKENS)]
     with (
         log.open("a") as file,
         process_group(
@@ -180,6 +182,7 @@ class Load:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.clients)
         async with httpx.AsyncClient(base_url=self.url, timeout=PATIENCE, limits=limits, trust_env=False) as self.http:
             await self._until_healthy()
+            await self._fill_cache()
             clients = [asyncio.create_task(self._client()) for _ in range(self.clients)]
             sampler = asyncio.create_task(self._sample_memory())
             await asyncio.sleep(seconds)
@@ -200,6 +203,15 @@ class Load:
             if self.server.poll() is not None or time.monotonic() > deadline:
                 sys.exit("error: the server did not become healthy: see its log")
             await asyncio.sleep(0.5)
+
+    async def _fill_cache(self) -> None:
+        """Twice as many tokens as the KV cache has room for, no two requests alike."""
+        length = MAX_MODEL_LEN - 8
+        count = 2 * KV_BLOCKS * KV_BLOCK_TOKENS // length
+        prompts = [random.Random(-i).choices(range(100, 200), k=length) for i in range(1, count)]
+        bodies = [{"model": NAME, "prompt": prompt, "max_tokens": 1} for prompt in prompts]
+        answers = await asyncio.gather(*(self.http.post("/v1/completions", json=body) for body in bodies))
+        self.report.failed += [f"filling the cache: {each.text[:300]}" for each in answers if each.status_code != 200]
 
     async def _client(self) -> None:
         """One request after the other: of 16 one is malformed, of the others a third is left before its end."""
