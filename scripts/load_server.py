@@ -116,6 +116,8 @@ def main() -> None:
     report = load(
         arguments.model, arguments.clients, arguments.seconds, arguments.kill_engine, arguments.log, arguments.plain
     )
+    if report.grown() > ALLOWED_GROWTH:
+        report.failed.append(f"memory grew by {report.grown():.1%}, more than {ALLOWED_GROWTH:.0%}")
     report.show()
     if arguments.out:
         arguments.out.write_text(json.dumps({**dataclasses.asdict(report), "grown": report.grown()}, indent=1))
@@ -130,10 +132,9 @@ def load(model: Path, clients: int, seconds: float, kill_engine: bool, log: Path
         last = part + 1 == parts
         report.memory = []  # of the last server: another begins anew
         with serve(model, port, log, plain) as server:
-            asyncio.run(Load(server, port, clients, report).run(seconds / parts, kill=not last))
-            stop(server, report, killed=not last)
-    if report.grown() > ALLOWED_GROWTH:
-        report.failed.append(f"memory grew by {report.grown():.1%}, more than {ALLOWED_GROWTH:.0%}: {report.memory}")
+            load = Load(server, port, clients, report)
+            asyncio.run(load.run(seconds / parts, kill=not last))
+            stop(server, load.processes, report, killed=not last)
     return report
 
 
@@ -152,9 +153,9 @@ def serve(model: Path, port: int, log: Path, plain: bool) -> Iterator[subprocess
         yield server
 
 
-def stop(server: subprocess.Popen[str], report: Report, killed: bool) -> None:
-    """A server whose engine was killed ends by itself, with an error; the other one by SIGTERM, without."""
-    children = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
+def stop(server: subprocess.Popen[str], processes: list[psutil.Process], report: Report, killed: bool) -> None:
+    """A server whose engine was killed ends by itself, with an error; the other one by SIGTERM, without. Of the
+    processes that it had none may stay."""
     if not killed:
         server.send_signal(signal.SIGTERM)
     try:
@@ -164,8 +165,8 @@ def stop(server: subprocess.Popen[str], report: Report, killed: bool) -> None:
         return
     if (status == 0) == killed:
         report.failed.append(f"the server ended with status {status}")
-    left = psutil.wait_procs(children, timeout=20)[1]
-    report.failed += [f"a process was left over: {' '.join(process.cmdline())}" for process in left]
+    left = psutil.wait_procs(processes, timeout=20)[1]
+    report.failed += [f"a process was left over: {process}" for process in left]
 
 
 class Load:
@@ -177,6 +178,7 @@ class Load:
         self.over = False  # no new requests
         self.killed = False  # requests may fail from now on
         self.numbers = iter(range(sys.maxsize))
+        self.processes: list[psutil.Process] = []  # the server's children when the load was over
 
     async def run(self, seconds: float, kill: bool) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.clients)
@@ -186,6 +188,7 @@ class Load:
             clients = [asyncio.create_task(self._client()) for _ in range(self.clients)]
             sampler = asyncio.create_task(self._sample_memory())
             await asyncio.sleep(seconds)
+            self.processes = psutil.Process(self.server.pid).children(recursive=True)
             if kill:
                 self._kill_engine()
             self.over = True
@@ -288,8 +291,7 @@ class Load:
             await asyncio.sleep(SAMPLE_SECONDS)
 
     def _kill_engine(self) -> None:
-        children = psutil.Process(self.server.pid).children(recursive=True)
-        (engine,) = [process for process in children if "EngineCore" in " ".join(process.cmdline())]
+        (engine,) = [process for process in self.processes if "EngineCore" in " ".join(process.cmdline())]
         self.killed = True
         self.report.count("engines killed")
         engine.kill()
