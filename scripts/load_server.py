@@ -132,9 +132,9 @@ def load(model: Path, clients: int, seconds: float, kill_engine: bool, log: Path
         last = part + 1 == parts
         report.memory = []  # of the last server: another begins anew
         with serve(model, port, log, plain) as server:
-            load = Load(server, port, clients, report)
-            asyncio.run(load.run(seconds / parts, kill=not last))
-            stop(server, load.processes, report, killed=not last)
+            crowd = Load(server, port, clients, report)
+            asyncio.run(crowd.run(seconds / parts, kill=not last))
+            stop(server, crowd.processes, report, killed=not last)
     return report
 
 
