@@ -36,8 +36,10 @@ MAX_MODEL_LEN = 512
 # Without it the memory of a CPU server, quantized or not, grows by hundreds of MiB in minutes: glibc comes to keep
 # large freed tensors in its heaps, in pieces. In bytes; vLLM's own advice for CPUs is another allocator, tcmalloc.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-# On a CPU a page of the KV cache takes memory when it is first written: few blocks, so that all are soon.
+# On a CPU a page of the KV cache takes memory when it is first written: few blocks, and all are written before
+# anything is counted.
 KV_BLOCKS = 128
+KV_BLOCK_TOKENS = 128
 PATIENCE = 300.0  # seconds for a start, an answer or an end
 SAMPLE_SECONDS = 2.0
 # Growth of memory from the second fifth of the samples to the last, in which a server still warms up a little.
@@ -114,6 +116,8 @@ def main() -> None:
     report = load(
         arguments.model, arguments.clients, arguments.seconds, arguments.kill_engine, arguments.log, arguments.plain
     )
+    if report.grown() > ALLOWED_GROWTH:
+        report.failed.append(f"memory grew by {report.grown():.1%}, more than {ALLOWED_GROWTH:.0%}")
     report.show()
     if arguments.out:
         arguments.out.write_text(json.dumps({**dataclasses.asdict(report), "grown": report.grown()}, indent=1))
@@ -128,10 +132,9 @@ def load(model: Path, clients: int, seconds: float, kill_engine: bool, log: Path
         last = part + 1 == parts
         report.memory = []  # of the last server: another begins anew
         with serve(model, port, log, plain) as server:
-            asyncio.run(Load(server, port, clients, report).run(seconds / parts, kill=not last))
-            stop(server, report, killed=not last)
-    if report.grown() > ALLOWED_GROWTH:
-        report.failed.append(f"memory grew by {report.grown():.1%}, more than {ALLOWED_GROWTH:.0%}: {report.memory}")
+            crowd = Load(server, port, clients, report)
+            asyncio.run(crowd.run(seconds / parts, kill=not last))
+            stop(server, crowd.processes, report, killed=not last)
     return report
 
 
@@ -140,7 +143,7 @@ def serve(model: Path, port: int, log: Path, plain: bool) -> Iterator[subprocess
     quantization = [] if plain else ["--quantization", "qwantize"]
     command = [str(BIN / "vllm"), "serve", str(model), *quantization, "--served-model-name", NAME]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager"]
-    command += ["--num-gpu-blocks-override", str(KV_BLOCKS)]
+    command += ["--num-gpu-blocks-override", str(KV_BLOCKS), "--block-size", str(KV_BLOCK_TOKENS)]
     with (
         log.open("a") as file,
         process_group(
@@ -150,9 +153,9 @@ def serve(model: Path, port: int, log: Path, plain: bool) -> Iterator[subprocess
         yield server
 
 
-def stop(server: subprocess.Popen[str], report: Report, killed: bool) -> None:
-    """A server whose engine was killed ends by itself, with an error; the other one by SIGTERM, without."""
-    children = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
+def stop(server: subprocess.Popen[str], processes: list[psutil.Process], report: Report, killed: bool) -> None:
+    """A server whose engine was killed ends by itself, with an error; the other one by SIGTERM, without. Of the
+    processes that it had none may stay."""
     if not killed:
         server.send_signal(signal.SIGTERM)
     try:
@@ -162,8 +165,8 @@ def stop(server: subprocess.Popen[str], report: Report, killed: bool) -> None:
         return
     if (status == 0) == killed:
         report.failed.append(f"the server ended with status {status}")
-    left = psutil.wait_procs(children, timeout=20)[1]
-    report.failed += [f"a process was left over: {' '.join(process.cmdline())}" for process in left]
+    left = psutil.wait_procs(processes, timeout=20)[1]
+    report.failed += [f"a process was left over: {process}" for process in left]
 
 
 class Load:
@@ -175,14 +178,17 @@ class Load:
         self.over = False  # no new requests
         self.killed = False  # requests may fail from now on
         self.numbers = iter(range(sys.maxsize))
+        self.processes: list[psutil.Process] = []  # the server's children when the load was over
 
     async def run(self, seconds: float, kill: bool) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.clients)
         async with httpx.AsyncClient(base_url=self.url, timeout=PATIENCE, limits=limits, trust_env=False) as self.http:
             await self._until_healthy()
+            await self._fill_cache()
             clients = [asyncio.create_task(self._client()) for _ in range(self.clients)]
             sampler = asyncio.create_task(self._sample_memory())
             await asyncio.sleep(seconds)
+            self.processes = psutil.Process(self.server.pid).children(recursive=True)
             if kill:
                 self._kill_engine()
             self.over = True
@@ -200,6 +206,15 @@ class Load:
             if self.server.poll() is not None or time.monotonic() > deadline:
                 sys.exit("error: the server did not become healthy: see its log")
             await asyncio.sleep(0.5)
+
+    async def _fill_cache(self) -> None:
+        """Twice as many tokens as the KV cache has room for, no two requests alike."""
+        length = MAX_MODEL_LEN - 8
+        count = 2 * KV_BLOCKS * KV_BLOCK_TOKENS // length
+        prompts = [random.Random(-i).choices(range(100, 200), k=length) for i in range(1, count)]
+        bodies = [{"model": NAME, "prompt": prompt, "max_tokens": 1} for prompt in prompts]
+        answers = await asyncio.gather(*(self.http.post("/v1/completions", json=body) for body in bodies))
+        self.report.failed += [f"filling the cache: {each.text[:300]}" for each in answers if each.status_code != 200]
 
     async def _client(self) -> None:
         """One request after the other: of 16 one is malformed, of the others a third is left before its end."""
@@ -276,8 +291,7 @@ class Load:
             await asyncio.sleep(SAMPLE_SECONDS)
 
     def _kill_engine(self) -> None:
-        children = psutil.Process(self.server.pid).children(recursive=True)
-        (engine,) = [process for process in children if "EngineCore" in " ".join(process.cmdline())]
+        (engine,) = [process for process in self.processes if "EngineCore" in " ".join(process.cmdline())]
         self.killed = True
         self.report.count("engines killed")
         engine.kill()
