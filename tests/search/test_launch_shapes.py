@@ -11,11 +11,16 @@ pytest.importorskip("triton")
 import tune_search
 
 from qwantize_vllm import quantize_nvfp4
-from qwantize_vllm.search import triton_hessian, triton_sse
+from qwantize_vllm.search import triton_codes, triton_hessian, triton_sse
 from qwantize_vllm.search.triton_tiles import LaunchShape, launch_shape
 from tests.numbers import make_weight
 
-TABLES = [triton_sse.NAIVE_SHAPES, triton_sse.OPTIMAL_SHAPES, triton_hessian.HESSIAN_SHAPES]
+TABLES = [
+    triton_sse.NAIVE_SHAPES,
+    triton_sse.OPTIMAL_SHAPES,
+    triton_hessian.HESSIAN_SHAPES,
+    triton_codes.CODES_SHAPES,
+]
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -33,19 +38,21 @@ def test_the_interpreter_takes_a_tile_of_all_blocks_up_to_a_limit():
     assert launch_shape(TABLES[0], cpu, blocks=10**6).blocks == 4096
 
 
-@pytest.mark.parametrize("scale_search", ["naive", "optimal", "hessian"])
+@pytest.mark.parametrize(
+    ("scale_search", "refine"), [("naive", "none"), ("optimal", "none"), ("hessian", "none"), ("hessian", "codes")]
+)
 @pytest.mark.parametrize("shape", [LaunchShape(32, 1, 3), LaunchShape(64, 1, 2)])
-def test_results_do_not_depend_on_the_shape(kernel_on, monkeypatch, scale_search, shape):
+def test_results_do_not_depend_on_the_shape(kernel_on, monkeypatch, scale_search, refine, shape):
     weight = torch.stack([make_weight("student", 37, 48, seed=i) for i in range(2)]).to(kernel_on)
     hessian = None
     if scale_search == "hessian":
         x = torch.randn(3, 64, 16, generator=torch.Generator().manual_seed(0))
         x[2, 1:] = 0  # a singular one
         hessian = (x.mT @ x).to(kernel_on)
-    wanted = quantize_nvfp4(weight, scale_search, hessian=hessian, backend="triton")
-    for module in (triton_sse, triton_hessian):
+    wanted = quantize_nvfp4(weight, scale_search, hessian=hessian, refine=refine, backend="triton")
+    for module in (triton_sse, triton_hessian, triton_codes):
         monkeypatch.setattr(module, "launch_shape", lambda *_: shape)
-    got = quantize_nvfp4(weight, scale_search, hessian=hessian, backend="triton")
+    got = quantize_nvfp4(weight, scale_search, hessian=hessian, refine=refine, backend="triton")
     assert torch.equal(got.codes, wanted.codes)
     assert torch.equal(got.block_scales.view(torch.uint8), wanted.block_scales.view(torch.uint8))
 
