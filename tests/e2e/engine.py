@@ -11,6 +11,7 @@ import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,12 @@ def run_engine(
         raise TimeoutError(f"the engine still ran after {PATIENCE} s; the end of its log:\n{log[-3000:]}")
     value = torch.load(result, weights_only=False) if result.exists() else None
     return Outcome(process.exitcode, log, value, survivors)
+
+
+def in_forked_process(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args) in a process that need not import vLLM; what it raises is raised here."""
+    with ProcessPoolExecutor(1, mp_context=_fork_server()) as pool:
+        return pool.submit(function, *args).result()
 
 
 def server_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

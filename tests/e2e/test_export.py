@@ -23,6 +23,7 @@ from qwantize_vllm.hessian import HessianInfo, save_hessians
 from .checkpoints import QWEN2, TINY_LAYERS, linear_layers, quantize_checkpoint, random_hessians, write_tiny
 from .compare import assert_serves, served_layers, settings_of, tensors_of, token_ids
 from .conftest import TINY_PROMPTS, Engines
+from .engine import in_forked_process
 from .probe import probe
 from .test_inspection import in_shards
 from .test_tensor_parallel import TWO_RANKS, join
@@ -86,8 +87,6 @@ class Found:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    from qwantize_vllm.plugin.engine_process import in_own_process
-
     folder = tmp_path_factory.mktemp("export")
     dense = write_tiny(folder / "dense", **QWEN2)
     hessians = {"codes": random_hessians(dense), "gptq": random_hessians(dense, full=True)}
@@ -104,7 +103,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
         jobs[name] = (str(sharded), folder / name, {**settings, **file}, layout, "auto", 2**17)
     jobs["lacking"] = (str(lacking), folder / "no", {}, "compressed-tensors", "auto", 2**17)
     jobs["per member"] = (str(sharded), folder / "no", {"global_scale": "amax_per_member"}, "modelopt", "auto", 2**17)
-    results = in_own_process(export_each, list(jobs.values()))
+    results = in_forked_process(export_each, list(jobs.values()))
     return Found(dense, hessians, folder, dict(zip(jobs, results, strict=True)))
 
 
