@@ -42,8 +42,9 @@ def choose_grouped(major: int | None, pairs: int, experts: int) -> tuple[TileSha
     return rule.gate_up, rule.down
 
 
-# From so many pairs an expert on, on average, the kernel of gluon_grouped.py is faster, where it runs.
-WGMMA_PAIRS = 48
+# From so many pairs an expert on, on average, the kernel of gluon_grouped.py is faster, where it runs. Not before it has
+# been measured on a GPU: so far it was compiled only.
+WGMMA_PAIRS = _ANY
 
 
 @functools.lru_cache(maxsize=4096)
