@@ -191,8 +191,8 @@ class _Built:
         self._quantization: Any = self.config.quant_config
         self.settings = self._quantization.settings.model_dump(mode="json")
         self.unused = self._quantization.report.unused_patterns()
-        kinds = (LinearBase, RoutedExperts)
-        self.layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, kinds)}
+        self.layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, LinearBase)}
+        self.experts = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, RoutedExperts)}
 
     def reason(self, layer: torch.nn.Module) -> str | None:
         """Why a layer is left as it is; None where it is quantized."""
@@ -219,10 +219,10 @@ def _measure(base: _Built, built: dict[str, _Built], file: HessianFile | None) -
     """Load the checkpoint into base, each layer measured and forgotten as soon as it is complete."""
     measured: dict[str, list[InspectedLayer]] = {}
     incomplete: list[str] = []
-    methods = {path: layer for path, layer in base.layers.items() if base.reason(layer) is None}
+    methods = {path: layer for path, layer in (base.layers | base.experts).items() if base.reason(layer) is None}
     with tqdm(total=len(methods), unit="layer", desc="inspecting", disable=None) as bar:
         for path, layer in methods.items():
-            same = {name: (each, each.layers[path]) for name, each in built.items()}
+            same = {name: (each, (each.layers | each.experts)[path]) for name, each in built.items()}
             kind = _MeasureExperts if isinstance(layer, RoutedExperts) else _Measure
             layer.quant_method = kind(path, layer.quant_method, same, file, measured, incomplete, bar)
             get_layerwise_info(layer).restore_device = torch.device(base.config.device_config.device)
