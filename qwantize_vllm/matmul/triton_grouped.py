@@ -8,10 +8,11 @@ A pair is a token and one of its top_k experts: pair p = token * top_k + i. With
 Each product is computed as in triton_swizzled.py, W on the left; here a program's columns are pairs of one expert, and
 it gathers their rows of x. So the pairs must be put together by expert, without the host knowing how many each has:
 
-- Few pairs: program s looks at all of them. Pair s leads a tile if the pairs of its expert that come before it are a
-  multiple of the tile's width; the program then takes it and those of its expert that follow. Otherwise it ends. At one
-  token that is one program a pair and no launch besides.
-- Many: a kernel before them counts, and writes down each tile's expert and pairs (triton_plan.py).
+- Few pairs, most of them with an expert of their own: program s looks at all. Pair s leads a tile if the pairs of its
+  expert that come before it are a multiple of the tile's width; the program then takes it and those of its expert that
+  follow. Otherwise it ends. At one token that is one program a pair and no launch besides.
+- Many, or so few experts that most programs would end at once: kernels before them count, and write down each tile's
+  expert and pairs (triton_plan.py).
 
 Rows of gate and up lie eight by eight in turn, so that a thread has both of a row: h needs no exchange, and gate and up
 are never stored. A pair whose expert is negative (on another rank) is left out.
@@ -124,7 +125,7 @@ def sum_experts(
 
 def _tiles(ids: torch.Tensor, experts: int, width: int) -> Tiles:
     pairs = len(ids)
-    if pairs <= _FEW_PAIRS[-1]:
+    if pairs <= min(_FEW_PAIRS[-1], max(_FEW_PAIRS[0], experts)):
         return Tiles(ids, experts, width, pairs, None)
     slots = slots_for(pairs, experts, width)
     return Tiles(ids, experts, width, slots, make_plan(ids, experts, width, slots))
@@ -213,12 +214,16 @@ def _grouped_kernel(
     # Neighbouring programs share their weights and differ in their pairs.
     slot = tl.program_id(0)
     if PAIRS > 0:
-        expert, pair = _lead(ids_ptr, slot, pairs, TILE_M, PAIRS)
+        expert = tl.load(ids_ptr + slot)
+        before = _before(ids_ptr, slot, PAIRS)
+        if (expert < 0) | (before % TILE_M > 0):
+            return
+        pair = _from(ids_ptr, expert, before, pairs, TILE_M, PAIRS)
     else:
         expert = tl.load(plan_ptr + slot)
+        if expert < 0:
+            return
         pair = tl.load(plan_ptr + slots + slot * TILE_M + tl.arange(0, TILE_M))
-    if expert < 0:
-        return
     first = tl.program_id(1) * GROUPS
     split, splits = tl.program_id(2), tl.num_programs(2)
     whole_group: tl.constexpr = TILE_ROWS * TILE_COLUMNS // 4
@@ -252,19 +257,22 @@ def _grouped_kernel(
 
 
 @triton.jit
-def _lead(ids_ptr, slot, pairs, TILE_M: tl.constexpr, PAIRS: tl.constexpr):
-    """The expert of the tile that pair `slot` leads, -1 where it leads none, and the tile's pairs (TILE_M,), -1 where
-    there are no more."""
+def _before(ids_ptr, slot, PAIRS: tl.constexpr):
+    """How many pairs before pair `slot` have its expert."""
+    pair = tl.arange(0, PAIRS)
+    ids = tl.load(ids_ptr + pair, mask=pair < slot, other=-1)
+    return tl.sum((ids == tl.load(ids_ptr + slot)).to(tl.int32), 0)
+
+
+@triton.jit
+def _from(ids_ptr, expert, first, pairs, TILE_M: tl.constexpr, PAIRS: tl.constexpr):
+    """The pairs of an expert from its first-th on (TILE_M,), -1 where there are no more."""
     pair = tl.arange(0, PAIRS)
     ids = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1)
-    expert = tl.load(ids_ptr + slot)
-    same = (ids == expert).to(tl.int32)
-    rank = tl.cumsum(same, 0) - 1
-    before = tl.sum(tl.where(pair < slot, same, 0), 0)
-    wanted = before + tl.arange(0, TILE_M)
-    match = (same > 0)[:, None] & (rank[:, None] == wanted[None, :])
-    found = tl.sum(tl.where(match, pair[:, None] + 1, 0), 0) - 1
-    return tl.where(before % TILE_M == 0, expert, -1), found
+    rank = tl.cumsum((ids == expert).to(tl.int32), 0) - 1
+    wanted = first + tl.arange(0, TILE_M)
+    match = (ids == expert)[:, None] & (rank[:, None] == wanted[None, :])
+    return tl.sum(tl.where(match, pair[:, None] + 1, 0), 0) - 1
 
 
 @triton.jit

@@ -191,8 +191,8 @@ class MetaModel:
         self.quantization: Any = self.config.quant_config
         self.settings = self.quantization.settings.model_dump(mode="json")
         self.unused = self.quantization.report.unused_patterns()
-        kinds = (LinearBase, RoutedExperts)
-        self.layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, kinds)}
+        self.layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, LinearBase)}
+        self.experts = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, RoutedExperts)}
 
     def name(self, path: str) -> str:
         """By which settings and Hessian files know a layer."""
@@ -223,10 +223,10 @@ def _measure(base: MetaModel, built: dict[str, MetaModel], file: HessianFile | N
     """Load the checkpoint into base, each layer measured and forgotten as soon as it is complete."""
     measured: dict[str, list[InspectedLayer]] = {}
     incomplete: list[str] = []
-    methods = {path: layer for path, layer in base.layers.items() if base.reason(layer) is None}
+    methods = {path: layer for path, layer in (base.layers | base.experts).items() if base.reason(layer) is None}
     with tqdm(total=len(methods), unit="layer", desc="inspecting", disable=None) as bar:
         for path, layer in methods.items():
-            same = {name: (each, each.layers[path]) for name, each in built.items()}
+            same = {name: (each, (each.layers | each.experts)[path]) for name, each in built.items()}
             kind = _MeasureExperts if isinstance(layer, RoutedExperts) else _Measure
             layer.quant_method = kind(path, layer.quant_method, same, file, measured, incomplete, bar)
             get_layerwise_info(layer).restore_device = torch.device(base.config.device_config.device)

@@ -35,7 +35,7 @@ from qwantize_vllm.cli import app
 from qwantize_vllm.plugin import calibration
 
 calibrate = calibration.calibrate
-calibration.calibrate = lambda *given: calibrate(*given[:-1], {**given[-1], "dtype": "float32"})
+calibration.calibrate = lambda *given, **named: calibrate(*given[:-1], {**given[-1], "dtype": "float32"}, **named)
 app()
 """
 
