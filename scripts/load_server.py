@@ -231,24 +231,25 @@ class Load:
     async def _stream(self, number: int, leaves: bool) -> None:
         choice = random.Random(number)
         content = f"{number}: {' '.join(choice.choices(WORDS, k=choice.randrange(4, 100)))}"
-        body = {"model": NAME, "messages": [{"role": "user", "content": content}], "stream": True, "ignore_eos": True}
-        began, chunks, end = time.monotonic(), 0, ""
-        async with self.http.stream(
-            "POST", "/v1/chat/completions", json={**body, "max_tokens": choice.randrange(8, 64)}
-        ) as answer:
+        body: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": content}], "ignore_eos": True}
+        body |= {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": choice.randrange(8, 64)}
+        began, chunks, end, tokens = time.monotonic(), 0, "", 0
+        async with self.http.stream("POST", "/v1/chat/completions", json=body) as answer:
             if answer.status_code != 200:
                 self._lost(f"request {number}: status {answer.status_code}: {(await answer.aread())[:300]!r}")
                 return
             async for line in answer.aiter_lines():
                 if line.startswith("data: "):
                     chunks, end = chunks + 1, line.removeprefix("data: ")
-                    self.report.tokens += 1
+                    if '"usage":{' in end:
+                        tokens = json.loads(end)["usage"]["completion_tokens"]
                 if leaves and chunks == 4:
                     self.report.count("left midway")
                     return
-        if end != "[DONE]" or chunks < 8:
-            self._lost(f"request {number}: its stream ended after {chunks} chunks with {end!r}")
+        if end != "[DONE]" or tokens != body["max_tokens"]:
+            self._lost(f"request {number}: its stream ended after {tokens} of {body['max_tokens']} tokens with {end!r}")
             return
+        self.report.tokens += tokens
         self.report.count("answered to the end")
         self.report.seconds.append(time.monotonic() - began)
 

@@ -12,15 +12,29 @@ from qwantize_vllm.format import Nvfp4Tensor, dequantize_rows
 
 # Weights of a strip: its temporaries stay in the caches until the product has read it.
 _STRIP_ELEMENTS = 1024 * 1024
+# PyTorch has oneDNN compile a product of 16-bit numbers for every number of rows, and keeps a thousand of them, a
+# megabyte each and more. In pieces of so many rows, the last one filled up to a multiple of _STEP, there are eight.
+_ROWS, _STEP = 256, 32
 
 
 def matmul_cpu(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x (M, K) -> (M, N) in x's dtype; needs memory for one strip beyond input and output."""
     n, k = q.shape
     y = x.new_empty(x.shape[0], n)
+    pieces = _pieces(x)
     rows = max(1, _STRIP_ELEMENTS // k)
     for start in range(0, n, rows):
         part = slice(start, start + rows)
         strip = dequantize_rows(q.codes[part], q.block_scales[part], q.global_scale, q.block_size).to(x.dtype)
-        y[:, part] = torch.nn.functional.linear(x, strip, None if bias is None else bias[part])
+        for tokens, piece in pieces:
+            product = torch.nn.functional.linear(piece, strip, None if bias is None else bias[part])
+            y[tokens, part] = product[: y[tokens].shape[0]]
     return y
+
+
+def _pieces(x: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
+    """x by pieces of its rows, each with where it lies and as it is multiplied: filled up with zeros."""
+    if x.dtype == torch.float32:  # not oneDNN's
+        return [(slice(None), x)]
+    pieces = [(slice(start, start + _ROWS), x[start : start + _ROWS]) for start in range(0, x.shape[0], _ROWS)]
+    return [(rows, torch.nn.functional.pad(piece, (0, 0, 0, -piece.shape[0] % _STEP))) for rows, piece in pieces]
