@@ -68,6 +68,11 @@ def _export(model: str, out: Path, settings: dict[str, Any], layout: str, dtype:
     with one_rank():
         built = MetaModel(model, settings, dtype)
         resolved = built.quantization.settings
+        if built.experts:
+            raise ValueError(
+                f"{model} has experts ({next(iter(built.experts))} and others), which exports cannot hold yet; serve "
+                "it with --quantization qwantize, which quantizes experts while loading"
+            )
         layers = {path: layer for path, layer in built.layers.items() if built.reason(layer) is None}
         source = Checkpoint(_directory(built.config))
         loaded = _loads(built, source)

@@ -125,6 +125,15 @@ def test_two_ranks_hold_the_codes_of_one(engines, tmp_path, expert_parallel):
     assert largest_difference(one.result["own_scores"], two.result["scores"]) <= 1e-4
 
 
+def test_export_of_experts_is_refused(tmp_path):
+    from qwantize_vllm.plugin.exporting import export_model
+
+    checkpoint = write_moe(tmp_path / "checkpoint", MIXTRAL)
+    with pytest.raises(ValueError, match=r"has experts .* serve it with --quantization qwantize"):
+        export_model(str(checkpoint), tmp_path / "out", {}, "compressed-tensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_graph_holds_one_op_for_all_experts_of_a_layer(engines, tmp_path):
