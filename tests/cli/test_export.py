@@ -1,0 +1,58 @@
+"""`qwantize export` and `qwantize verify`: what is refused before vLLM is imported."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from qwantize_vllm.checkpoint.export import NOTES
+from qwantize_vllm.checkpoint.files import digest
+from qwantize_vllm.cli import app
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    save_file({"a.weight": torch.ones(4, 16)}, path / "model.safetensors")
+    return path
+
+
+def said(*arguments: object) -> tuple[int, str]:
+    """Exit code and output, its lines joined."""
+    result = CliRunner().invoke(app, [str(each) for each in arguments], env={"COLUMNS": "400"})
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again(checkpoint, tmp_path):
+    (checkpoint / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))
+    code, output = said("export", checkpoint, "--out", tmp_path / "out")
+    assert code == 2
+    assert "is quantized already (awq)" in output
+
+
+def test_an_unknown_format_and_a_directory_that_is_there(checkpoint, tmp_path):
+    code, output = said("export", checkpoint, "--out", tmp_path / "out", "--format", "gguf")
+    assert code == 2
+    assert "--format is 'gguf'; there are compressed-tensors, modelopt, qwantize" in output
+    code, output = said("export", checkpoint, "--out", checkpoint)
+    assert code == 2
+    assert "exists and is not an empty directory" in output
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_verify(checkpoint):
+    notes = {"shards": {"model.safetensors": {"a.weight": digest(torch.ones(4, 16))}}}
+    (checkpoint / NOTES).write_text(json.dumps(notes))
+    code, output = said("verify", checkpoint)
+    assert code == 0
+    assert "1 tensors are what was written" in output
+    save_file({"a.weight": torch.zeros(4, 16)}, checkpoint / "model.safetensors")
+    code, output = said("verify", checkpoint)
+    assert code == 2
+    assert "model.safetensors: the bytes of tensor 'a.weight' are not those that were written" in output
