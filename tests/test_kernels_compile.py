@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 KERNELS = {
+    "_add_blocks_kernel",
     "_search_sse_kernel",
     "_prepare_hessian_kernel",
     "_search_hessian_kernel",

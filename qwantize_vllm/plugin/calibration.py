@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.platforms import current_platform
 
 from qwantize_vllm import __version__
 from qwantize_vllm.hessian import BlockHessianSum, FullHessianSum, HessianFile, HessianInfo, save_hessians
@@ -27,8 +28,9 @@ from qwantize_vllm.plugin.measured_experts import MEASURE, ExpertSums, MeasuredE
 
 # What a model that does not generate can be asked for; all of them run the same layers.
 _POOLING_TASKS = ("embed", "classify", "token_embed", "token_classify")
-# Of all windows of a batch: so many that a small model's layers take longer than it takes to launch them.
-_TOKENS_AT_ONCE = 16384
+# Of all windows of a batch on a GPU: so many that a small model's layers take longer than it takes to launch them. A
+# CPU has nothing to launch, and vLLM 0.32 gets latent attention wrong there where several prompts are in a batch.
+_TOKENS_AT_ONCE = 32768
 
 
 class CalibrationWorker:
@@ -196,7 +198,7 @@ def read_windows_through(
 
 
 def _windows_at_once(longest: int) -> int:
-    return max(1, _TOKENS_AT_ONCE // longest)
+    return 1 if current_platform.is_cpu() else max(1, _TOKENS_AT_ONCE // longest)
 
 
 def _check_tokens(seen: dict[str, int], tokens: int) -> None:

@@ -26,6 +26,7 @@ DEFAULTS = {
     "cache_dir": None,
     "ignore": [],
     "towers": "leave",
+    "quantize_gates": False,
     "strict": False,
     "backend": "auto",
 }
