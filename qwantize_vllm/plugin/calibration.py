@@ -198,7 +198,7 @@ def read_windows_through(
 
 
 def _windows_at_once(longest: int) -> int:
-    return 1 if current_platform.is_cpu() else max(1, _TOKENS_AT_ONCE // longest)
+    return 1 if current_platform.is_cpu() else -(-_TOKENS_AT_ONCE // longest)
 
 
 def _check_tokens(seen: dict[str, int], tokens: int) -> None:
