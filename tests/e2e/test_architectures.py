@@ -47,13 +47,7 @@ def start_dequantized(engines: Engines, checkpoint: Path, ours: Outcome, use: An
     return theirs
 
 
-# GPT-2 stands for all in every run of the tests: the others take two minutes.
-FAST = ("gpt2",)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in CAUSAL]
-)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_causal(engines, tmp_path, name):
     checkpoint = write_causal(name, tmp_path / "checkpoint")
     ours = engines.start(checkpoint, dtype="float32")
@@ -72,7 +66,6 @@ def embed(llm: Any) -> dict[str, Any]:
     return {"embeddings": embeddings, "models": llm.apply_model(describe_model)}
 
 
-@pytest.mark.slow
 def test_bert(engines, tmp_path):
     checkpoint = write_bert(tmp_path / "checkpoint")
     ours = engines.start(checkpoint, embed, dtype="float32", runner="pooling")
@@ -96,7 +89,6 @@ def look(llm: Any) -> dict[str, Any]:
     return {"seen": seen, "models": llm.apply_model(describe_model)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("towers", ["leave", "quantize"])
 def test_vision_language(engines, tmp_path, towers):
     checkpoint = write_blip2(tmp_path / "checkpoint")

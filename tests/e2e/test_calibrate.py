@@ -64,7 +64,6 @@ def test_full_hessians_have_the_blocks_on_their_diagonals(smollm2, text, hessian
     assert (rest.diagonal(dim1=1, dim2=2).sum(dim=1) > 0).all()
 
 
-@pytest.mark.slow
 def test_hessians_behind_quantized_layers_are_of_other_inputs(smollm2, text, hessians, tmp_path):
     path = tmp_path / "behind.safetensors"
     options = ["--num-tokens", "200", "--seq-len", "64", "--setting", "naive"]

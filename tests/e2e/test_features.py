@@ -128,7 +128,6 @@ def with_adapters(llm: Any, folders: list[Path]) -> dict[str, Any]:
     return described(generate(llm, [PROMPTS[2]] * 3, [None, *requests], max_tokens=8))
 
 
-@pytest.mark.slow
 def test_several_adapters_at_once(engines, tiny, tmp_path, linear_layers_of_tiny):
     """Each over the quantized weights, as over dequantized ones."""
     folders = [write_adapter(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]

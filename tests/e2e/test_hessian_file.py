@@ -19,7 +19,7 @@ FILE_NAMES = {
 }
 
 
-REFINES = [pytest.param(refine, marks=pytest.mark.slow if refine == "codes" else ()) for refine in ("codes", "gptq")]
+REFINES = ("codes", "gptq")
 
 
 @pytest.mark.parametrize("refine", REFINES)

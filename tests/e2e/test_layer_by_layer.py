@@ -60,7 +60,6 @@ def test_one_dense_layer_at_a_time(engines, tiny):
     assert outcome.result["dense"] == [1] * (4 * TINY_LAYERS)
 
 
-@pytest.mark.slow
 def test_the_experts_of_one_layer_at_a_time(engines, tmp_path):
     checkpoint = write_moe(tmp_path / "checkpoint", QWEN3)
     outcome = engines.start(checkpoint, what_was_seen, before=watch_quantization)

@@ -46,7 +46,7 @@ def assert_serves_experts(held, mixture, expected):
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", MODELS)
 def test_model_is_that_of_its_dequantized_checkpoint(engines, tmp_path, name):
     config = MODELS[name]
     checkpoint = write_moe(tmp_path / "checkpoint", config)
@@ -65,7 +65,6 @@ def test_model_is_that_of_its_dequantized_checkpoint(engines, tmp_path, name):
     assert_agree(ours, theirs, 1e-4)
 
 
-@pytest.mark.slow
 def test_half_precision(engines, tmp_path):
     checkpoint = write_moe(tmp_path / "checkpoint", QWEN3)
     ours = engines.start(checkpoint)
@@ -98,7 +97,6 @@ def test_one_expert_that_is_ignored_keeps_all_of_its_layer(engines, tmp_path):
     assert_agree(ours, theirs, 1e-4)
 
 
-@pytest.mark.slow  # half a minute: engines of two processes
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor parallel", "expert parallel"])
 def test_two_ranks_hold_the_codes_of_one(engines, tmp_path, expert_parallel):
@@ -134,7 +132,6 @@ def test_export_of_experts_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_graph_holds_one_op_for_all_experts_of_a_layer(engines, tmp_path):
     checkpoint = write_moe(tmp_path / "checkpoint", QWEN3)
@@ -148,7 +145,6 @@ def test_compiled_graph_holds_one_op_for_all_experts_of_a_layer(engines, tmp_pat
     assert largest_difference(eager.result["own_scores"], compiled.result["scores"]) <= 1e-4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "deepseek"])
 def test_reloaded_experts_are_those_of_a_fresh_start(engines, tmp_path, name):
     config = MODELS[name]
@@ -166,7 +162,6 @@ def test_reloaded_experts_are_those_of_a_fresh_start(engines, tmp_path, name):
     assert first["addresses"] == same["addresses"] == changed["addresses"]
 
 
-@pytest.mark.slow  # half a minute: an engine to calibrate, another to serve
 def test_experts_are_calibrated_on_what_is_routed_to_them_and_served_with_it(engines, tmp_path):
     """With one expert a token, of weight 1, all experts together see what the shared ones see."""
     config = {**DEEPSEEK, "num_experts_per_tok": 1, "norm_topk_prob": True}

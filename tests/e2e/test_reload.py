@@ -141,7 +141,6 @@ def answers(llm: Any) -> dict[str, Any]:
     return {"ids": [list(output.outputs[0].token_ids) for output in outputs], **state(llm)}
 
 
-@pytest.mark.slow
 def test_requests_in_flight_are_answered(engines, tiny, other):
     """And what then is served, is what a fresh start with the new weights serves."""
     pushed = engines.start(tiny, functools.partial(push_in_flight, folder=str(other)), dtype="float32")

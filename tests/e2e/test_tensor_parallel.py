@@ -97,7 +97,6 @@ def calibrate(checkpoint: Path, ranks: int, env: dict[str, str] | None = None) -
     return HessianFile(out)
 
 
-@pytest.mark.slow  # a minute: two engines, one of two processes
 def test_two_ranks_calibrate_as_one(reader):
     one = calibrate(reader, 1)
     two = calibrate(reader, 2, TWO_RANKS["env"])
