@@ -131,7 +131,9 @@ def _session_members(session: int) -> list[psutil.Process]:
 @functools.cache
 def _fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker"])
+    # Importing the CPU's worker replaces torch.cuda.Event.
+    worker = [] if torch.cuda.is_available() else ["vllm.v1.worker.cpu_worker"]
+    context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", *worker])
     with mock.patch.dict(os.environ, server_environment(), clear=True):
         multiprocessing.forkserver.ensure_running()
     return context
