@@ -21,6 +21,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA GPU")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first: with two files at a time it would be alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_kernels_compile.py")
+
+
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
 def kernel_on(request: pytest.FixtureRequest) -> str:
     """Device of a Triton kernel: the CPU, where it is interpreted, or the GPU."""
