@@ -2,7 +2,7 @@
 PYTHON ?= $(or $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $$p && break; done),python3)
 BIN := .venv/bin
-# Tests run side by side, those of a file in one process.
+# Tests run side by side, those of a file in one process, in the order of tests/conftest.py.
 PROCESSES ?= 2
 
 .PHONY: help env quickstart test versions lint clean distclean
@@ -17,7 +17,7 @@ quickstart: env  ## serve a small model quantized to NVFP4, ask it a question, s
 	@$(BIN)/python scripts/quickstart.py
 
 test: env  ## the whole test suite; options for pytest in ARGS, e.g. make test ARGS="-m gpu"
-	$(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 versions: env  ## the plugin's tests against the oldest and the newest vLLM supported
 	$(BIN)/python scripts/vllm_versions.py
