@@ -119,7 +119,8 @@ def warps(kernel: Any, constants: dict[str, Any]) -> int:
 
 def wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """Those of Hopper's own kernel: its types are those of tensor descriptors."""
-    from qwantize_vllm.matmul.gluon_wgmma import FLAT_LAYOUTS, X_LAYOUT, _wgmma_kernel
+    from qwantize_vllm.matmul.gluon_pipeline import FLAT_LAYOUTS, X_LAYOUT
+    from qwantize_vllm.matmul.gluon_wgmma import _wgmma_kernel
 
     for shape, (dtype, block) in itertools.product(STEPS, (("bf16", 16), ("fp16", 32))):
         scales = torch.int32 if block == 16 else torch.int16
@@ -140,7 +141,7 @@ def wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
 def grouped_wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """Each shape once, with gate and up and with down in turn."""
     from qwantize_vllm.matmul.gluon_grouped import H_LAYOUT, _copy_kernel, _grouped_wgmma_kernel
-    from qwantize_vllm.matmul.gluon_wgmma import FLAT_LAYOUTS, X_LAYOUT
+    from qwantize_vllm.matmul.gluon_pipeline import FLAT_LAYOUTS, X_LAYOUT
 
     yield _copy_kernel, {"x_ptr": "*bf16", "pairs_ptr": "*i32", "out_ptr": "*bf16"}, {"COLUMNS": 1024}
     for number, shape in enumerate(STEPS):

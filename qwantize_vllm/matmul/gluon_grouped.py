@@ -1,6 +1,6 @@
 """The experts of a mixture on Hopper, in Gluon: for so many tokens that tensor cores are what products cost.
 
-Each product is that of gluon_wgmma.py, where producer, consumers and buffers are explained. The TMA fetches adjacent
+Producer, consumers and buffers are those of gluon_pipeline.py. The TMA fetches adjacent
 rows only, so a token is first copied to each of the tiles that its experts have in the plan (triton_plan.py). Then h
 stays in the order of the plan, and what comes last, the sum over a token's experts, finds its parts by the plan.
 
@@ -14,36 +14,29 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qwantize_vllm.matmul.experts import SwizzledExperts
-from qwantize_vllm.matmul.gluon_fragments import decode_tile, load_scales
-from qwantize_vllm.matmul.gluon_wgmma import (
-    _CHUNK,
-    _CHUNK_WORDS,
-    _TOKENS_IN_CACHE,
+from qwantize_vllm.matmul.gluon_pipeline import (
+    TOKENS_IN_CACHE,
     X_LAYOUT,
-    _barriers,
-    _load,
-    _rows,
-    _start,
-    _store,
+    load_chunk,
+    make_buffers,
+    multiply_chunks,
+    store_tile,
+    weight_descriptors,
 )
 from qwantize_vllm.matmul.gpu import multiprocessors
 from qwantize_vllm.matmul.grouped_shapes import choose_grouped_wgmma
-from qwantize_vllm.matmul.triton_grouped import sum_experts
+from qwantize_vllm.matmul.triton_grouped import activate, sum_experts
 from qwantize_vllm.matmul.triton_plan import make_plan, slots_for
 from qwantize_vllm.matmul.wgmma_shapes import WgmmaShape
 
 # Of h: half as wide as a tile of rows.
 H_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
 _COPY_COLUMNS = 1024
+_activate = gluon.jit(activate.fn)
 
 
 def why_not_wgmma(w13: SwizzledExperts, w2: SwizzledExperts) -> str | None:
@@ -98,8 +91,7 @@ def _launch(
     y_layout = X_LAYOUT if activation == "none" else H_LAYOUT
     _grouped_wgmma_kernel[(min(works, multiprocessors(x.device)),)](
         TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [shape.tokens, 64], X_LAYOUT),
-        _rows(weight.words, 256, 4 * _CHUNK.value),
-        _rows(weight.scales, 64 * _CHUNK.value, 1),
+        *weight_descriptors(weight.words, weight.scales),
         TensorDescriptor(y, list(y.shape), [y.stride(0), 1], [shape.tokens, width], y_layout),
         weight.global_scales,
         plan,
@@ -137,7 +129,7 @@ def _copy_kernel(x_ptr, pairs_ptr, out_ptr, k, top_k, x_stride, COLUMNS: tl.cons
 def _place(work, extent, plan_ptr, TOKENS: gl.constexpr):
     """Of a work: its expert, -1 for none, its slot, and its tile of rows. Neighbours share their rows."""
     slots, row_tiles = extent[3], extent[4]
-    NEIGHBOURS: gl.constexpr = _TOKENS_IN_CACHE // TOKENS
+    NEIGHBOURS: gl.constexpr = TOKENS_IN_CACHE // TOKENS
     band = work // (NEIGHBOURS * row_tiles) * NEIGHBOURS
     width = gl.minimum(slots - band, NEIGHBOURS)
     inside = work % (NEIGHBOURS * row_tiles)
@@ -147,37 +139,17 @@ def _place(work, extent, plan_ptr, TOKENS: gl.constexpr):
 
 @gluon.jit
 def _produce(operands, buffers, extent, plan_ptr):
-    x_desc, words_desc, scales_desc = operands
-    x_bufs, words_bufs, scales_bufs, x_ready, x_empty, ready, empty = buffers
     tiles, chunks, groups, slots, row_tiles = extent
-    STAGES: gl.constexpr = ready.shape[0]
-    GROUPS: gl.constexpr = words_bufs.shape[0] // STAGES
-    X_STAGES: gl.constexpr = x_ready.shape[0]
-    X_TILES: gl.constexpr = x_bufs.shape[0] // X_STAGES
-    TOKENS: gl.constexpr = x_bufs.shape[1]
-    BYTES: gl.constexpr = GROUPS * (_CHUNK_WORDS + 256 * scales_desc.dtype.primitive_bitwidth // 8)
+    TOKENS: gl.constexpr = buffers[0].shape[1]
+    GROUPS: gl.constexpr = buffers[1].shape[0] // buffers[5].shape[0]
     turn = 0
     for work in range(gl.program_id(0), slots * row_tiles, gl.num_programs(0)):
         expert, slot, row = _place(work, extent, plan_ptr, TOKENS)
         here = gl.where(expert < 0, 0, chunks)
+        # Beyond the last group there are rows of the next expert: they are multiplied, and not stored.
+        group = expert * groups + row * GROUPS
         for chunk in range(0, here):
-            stage = turn % STAGES
-            mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
-            mbarrier.expect(ready.index(stage), BYTES)
-            for part in gl.static_range(GROUPS):
-                # Beyond the last group there are rows of the next expert: they are multiplied, and not stored.
-                group, buffer = expert * groups + row * GROUPS + part, stage * GROUPS + part
-                first = (group * tiles + chunk * _CHUNK) * 4
-                _load(words_desc, [first, 0], ready.index(stage), words_bufs.index(buffer))
-                _load(scales_desc, [group * chunks + chunk, 0], ready.index(stage), scales_bufs.index(buffer))
-            for tile in gl.static_range(_CHUNK):
-                x_turn = turn * (_CHUNK // X_TILES) + tile // X_TILES
-                stage = x_turn % X_STAGES
-                if tile % X_TILES == 0:
-                    mbarrier.wait(x_empty.index(stage), ((x_turn // X_STAGES) & 1) ^ 1)
-                    mbarrier.expect(x_ready.index(stage), X_TILES * TOKENS * 128)
-                place = [slot * TOKENS, (chunk * _CHUNK + tile) * 64]
-                _load(x_desc, place, x_ready.index(stage), x_bufs.index(stage * X_TILES + tile % X_TILES))
+            load_chunk(operands, buffers, turn, chunk, group, slot * TOKENS, tiles, chunks)
             turn += 1
 
 
@@ -192,44 +164,14 @@ def _consume(
     MEMBERS: gl.constexpr,
     ACTIVATION: gl.constexpr,
 ):
-    x_bufs, words_bufs, scales_bufs, x_ready, x_empty, ready, empty = buffers
     chunks, slots, row_tiles = extent[1], extent[3], extent[4]
-    x_buffers = (x_bufs, x_ready, x_empty)
-    dtype: gl.constexpr = x_bufs.dtype
-    STAGES: gl.constexpr = ready.shape[0]
-    GROUPS: gl.constexpr = words_bufs.shape[0] // STAGES
-    X_STAGES: gl.constexpr = x_ready.shape[0]
-    X_TILES: gl.constexpr = x_bufs.shape[0] // X_STAGES
-    TOKENS: gl.constexpr = x_bufs.shape[1]
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
-    DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    TOKENS: gl.constexpr = buffers[0].shape[1]
+    GROUPS: gl.constexpr = buffers[1].shape[0] // buffers[5].shape[0]
     turn = 0
     for work in range(gl.program_id(0), slots * row_tiles, gl.num_programs(0)):
         expert, slot, row = _place(work, extent, plan_ptr, TOKENS)
         if expert >= 0:
-            total = gl.zeros((64, TOKENS), gl.float32, MMA)
-            stage = turn % STAGES
-            mbarrier.wait(ready.index(stage), (turn // STAGES) & 1)
-            words = words_bufs.index(stage * GROUPS + PART)
-            scales = load_scales(scales_bufs.index(stage * GROUPS + PART), DOT)
-            even = decode_tile(words, 0, scales, dtype, BLOCK_SIZE, DOT)
-            for chunk in range(0, chunks):
-                words = words_bufs.index(turn % STAGES * GROUPS + PART)
-                acc = _start(total, even, even, x_buffers, turn, 0)
-                odd = decode_tile(words, 1, scales, dtype, BLOCK_SIZE, DOT)
-                acc = _start(acc, odd, even, x_buffers, turn, 1)
-                even = decode_tile(words, 2, scales, dtype, BLOCK_SIZE, DOT)
-                acc = _start(acc, even, odd, x_buffers, turn, 2)
-                odd = decode_tile(words, 3, scales, dtype, BLOCK_SIZE, DOT)
-                acc = _start(acc, odd, even, x_buffers, turn, 3)
-                mbarrier.arrive(empty.index(turn % STAGES), count=1)
-                turn += 1
-                stage = turn % STAGES
-                mbarrier.wait(ready.index(stage), (turn // STAGES) & 1, pred=chunk + 1 < chunks)
-                scales = load_scales(scales_bufs.index(stage * GROUPS + PART), DOT)
-                even = decode_tile(words_bufs.index(stage * GROUPS + PART), 0, scales, dtype, BLOCK_SIZE, DOT)
-                total, _, _, _, _ = warpgroup_mma_wait(0, deps=(acc, odd[0], odd[1], odd[2], odd[3]))
-                mbarrier.arrive(x_empty.index((turn * (_CHUNK // X_TILES) - 1) % X_STAGES), count=1)
+            total, turn = multiply_chunks(buffers, 0, chunks, turn, PART, BLOCK_SIZE)
             _finish(total, result, expert, slot, row * GROUPS + PART, MEMBERS, ACTIVATION)
     tma.store_wait(0)
 
@@ -250,17 +192,7 @@ def _finish(total, result, expert, slot, group, MEMBERS: gl.constexpr, ACTIVATIO
     tma.store_wait(0)
     y_buf.permute((1, 0)).store(y.to(y_desc.dtype))
     fence_async_shared()
-    _store(y_desc, [slot * TOKENS, group * y_desc.block_shape[1]], y_buf)
-
-
-@gluon.jit
-def _activate(gate, ACTIVATION: gl.constexpr):
-    if ACTIVATION == "silu":
-        return gate / (1.0 + gl.exp(-gate))
-    elif ACTIVATION == "gelu":
-        return 0.5 * gate * (1.0 + gl.erf(gate * 0.7071067811865476))
-    else:
-        return gate / (1.0 + gl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
+    store_tile(y_desc, [slot * TOKENS, group * y_desc.block_shape[1]], y_buf)
 
 
 @gluon.jit(do_not_specialize=["tiles", "chunks", "groups", "slots", "row_tiles"])
@@ -286,15 +218,9 @@ def _grouped_wgmma_kernel(
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    dtype: gl.constexpr = x_desc.dtype
-    x_bufs = gl.allocate_shared_memory(dtype, [X_STAGES * X_TILES, TOKENS, 64], x_desc.layout)
-    y_bufs = gl.allocate_shared_memory(dtype, [GROUPS, TOKENS, y_desc.block_shape[1]], y_desc.layout)
-    words_bufs = gl.allocate_shared_memory(words_desc.dtype, [STAGES * GROUPS, 16, 256], words_desc.layout)
-    scales_bufs = gl.allocate_shared_memory(scales_desc.dtype, [STAGES * GROUPS, 1, 256], scales_desc.layout)
-    x_ready, x_empty = _barriers(X_STAGES, GROUPS)
-    ready, empty = _barriers(STAGES, GROUPS)
     operands = (x_desc, words_desc, scales_desc)
-    buffers = (x_bufs, words_bufs, scales_bufs, x_ready, x_empty, ready, empty)
+    buffers = make_buffers(operands, GROUPS, X_TILES, X_STAGES, STAGES)
+    y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS, TOKENS, y_desc.block_shape[1]], y_desc.layout)
     extent = (tiles, chunks, groups, slots, row_tiles)
     first = (y_desc, y_bufs.index(0), global_scales_ptr)
     second = (y_desc, y_bufs.index(1), global_scales_ptr)

@@ -1,22 +1,12 @@
 """Dequantize and multiply on Hopper, in Gluon: for so many tokens that tensor cores are what the product costs.
 
-y = x W' is computed as W x', like in triton_swizzled.py, from the same layout. Triton waits for every asynchronous
-product before it decodes the next weights; here both run at once:
-
-- One warp, the producer, has the TMA bring tiles of x, words and scales to shared memory, several ahead.
-- Two or three warp groups, the consumers, have 64 rows of W each. While the tensor cores multiply a tile of 64 columns
-  in one set of registers, a group decodes the next tile into another set, and starts that product before it waits for
-  the first.
-- Programs stay: each takes tile after tile of the result, and the producer loads the next one's operands while the
-  consumers store the last one's result (TMA again, through shared memory, which transposes it).
+Producer, consumers and buffers are those of gluon_pipeline.py. Programs stay: each takes tile after tile of the result,
+and the producer loads the next one's operands while the consumers store the last one's result (TMA again, through
+shared memory, which transposes it).
 
 Tiles of the result seldom fill the last round of all multiprocessors. Where that leaves room, the tiles of the last
 round are cut along K; the program that comes last to a tile adds the partial sums in the order of the slices, so the
 result does not change from run to run.
-
-Registers that an asynchronous product reads must stay as they are until it ends. Nothing in the language promises
-that; warpgroup_mma_wait keeps its `deps` alive, so the operands are among them, and tests/wgmma_hazards.py reads the
-machine code.
 """
 
 from __future__ import annotations
@@ -25,34 +15,23 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from qwantize_vllm.matmul.gluon_fragments import decode_tile, load_scales
+from qwantize_vllm.matmul.gluon_pipeline import (
+    TOKENS_IN_CACHE,
+    X_LAYOUT,
+    load_chunk,
+    make_buffers,
+    multiply_chunks,
+    store_tile,
+    weight_descriptors,
+)
 from qwantize_vllm.matmul.gpu import Launch, launch_now, multiprocessors
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
 from qwantize_vllm.matmul.wgmma_shapes import WgmmaShape, choose_wgmma_shape, rounds
 
-# Their names in Triton 3.6 are the latter ones.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-# Four tiles of 64 columns at a time: what 16 bytes of a row's scales belong to.
-_CHUNK = gl.constexpr(4)
-_CHUNK_WORDS = gl.constexpr(8192)  # bytes
-_TOKENS_IN_CACHE = gl.constexpr(1024)
-
-X_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-FLAT_LAYOUTS = {
-    torch.int16: gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=16, rank=2),
-    torch.int32: gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2),
-}
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name in Triton 3.6
 
 
 def why_not_wgmma(x: torch.Tensor, weight: SwizzledNvfp4) -> str | None:
@@ -92,13 +71,11 @@ def matmul_wgmma(
         last * splits * shape.groups * 64 * shape.tokens if splits > 1 else 0, dtype=torch.float32, device=x.device
     )
     works = whole + last * splits
-    scale_words = 64 * _CHUNK.value
     launch(
         _wgmma_kernel,
         (min(works, programs),),
         TensorDescriptor(x, [m, weight.shape[1]], [x.stride(0), 1], [shape.tokens, 64], X_LAYOUT),
-        _rows(weight.words, 256, 4 * _CHUNK.value),
-        _rows(weight.scales, scale_words, 1),
+        *weight_descriptors(weight.words, weight.scales),
         TensorDescriptor(y, [m, n], [n, 1], [shape.tokens, 64], X_LAYOUT),
         weight.global_scale,
         bias,
@@ -124,13 +101,6 @@ def matmul_wgmma(
     return y
 
 
-def _rows(tensor: torch.Tensor, length: int, count: int) -> TensorDescriptor:
-    """A contiguous tensor as rows of so many elements, so many at a time."""
-    return TensorDescriptor(
-        tensor, [tensor.numel() // length, length], [length, 1], [count, length], FLAT_LAYOUTS[tensor.dtype]
-    )
-
-
 @gluon.jit
 def _place(work, extent, TOKENS: gl.constexpr):
     """Of a work: its tile of tokens and of rows, its first chunk and the one after its last; then, where K is cut,
@@ -139,7 +109,7 @@ def _place(work, extent, TOKENS: gl.constexpr):
     Neighbours share their rows, as far as all their tokens stay in the L2 cache.
     """
     _, chunks, whole, _, token_tiles, row_tiles, splits = extent
-    NEIGHBOURS: gl.constexpr = _TOKENS_IN_CACHE // TOKENS
+    NEIGHBOURS: gl.constexpr = TOKENS_IN_CACHE // TOKENS
     last = gl.maximum(work - whole, 0)
     parts = gl.where(work < whole, 1, splits)
     tile = gl.minimum(work, whole) + last // parts
@@ -153,100 +123,26 @@ def _place(work, extent, TOKENS: gl.constexpr):
 
 @gluon.jit
 def _produce(operands, buffers, extent):
-    x_desc, words_desc, scales_desc = operands
-    x_bufs, words_bufs, scales_bufs, x_ready, x_empty, ready, empty = buffers
     tiles, chunks, works = extent[0], extent[1], extent[3]
-    STAGES: gl.constexpr = ready.shape[0]
-    GROUPS: gl.constexpr = words_bufs.shape[0] // STAGES
-    X_STAGES: gl.constexpr = x_ready.shape[0]
-    X_TILES: gl.constexpr = x_bufs.shape[0] // X_STAGES
-    TOKENS: gl.constexpr = x_bufs.shape[1]
-    BYTES: gl.constexpr = GROUPS * (_CHUNK_WORDS + 256 * scales_desc.dtype.primitive_bitwidth // 8)
+    TOKENS: gl.constexpr = buffers[0].shape[1]
+    GROUPS: gl.constexpr = buffers[1].shape[0] // buffers[5].shape[0]
     turn = 0
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
         token, row, start, end, _, _, _ = _place(work, extent, TOKENS)
         for chunk in range(start, end):
-            stage = turn % STAGES
-            mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
-            mbarrier.expect(ready.index(stage), BYTES)
-            for part in gl.static_range(GROUPS):
-                group, slot = row * GROUPS + part, stage * GROUPS + part
-                first = (group * tiles + chunk * _CHUNK) * 4
-                _load(words_desc, [first, 0], ready.index(stage), words_bufs.index(slot))
-                first = group * chunks + chunk
-                _load(scales_desc, [first, 0], ready.index(stage), scales_bufs.index(slot))
-            for tile in gl.static_range(_CHUNK):
-                x_turn = turn * (_CHUNK // X_TILES) + tile // X_TILES
-                stage = x_turn % X_STAGES
-                if tile % X_TILES == 0:
-                    mbarrier.wait(x_empty.index(stage), ((x_turn // X_STAGES) & 1) ^ 1)
-                    mbarrier.expect(x_ready.index(stage), X_TILES * TOKENS * 128)
-                place = [token * TOKENS, (chunk * _CHUNK + tile) * 64]
-                _load(x_desc, place, x_ready.index(stage), x_bufs.index(stage * X_TILES + tile % X_TILES))
+            load_chunk(operands, buffers, turn, chunk, row * GROUPS, token * TOKENS, tiles, chunks)
             turn += 1
-
-
-@gluon.jit
-def _start(acc, weight, running, buffers, turn, TILE: gl.constexpr):
-    """Start acc + weight x of a tile of chunk `turn`. With its first plane under way, end the product before, whose
-    weight is `running`, and give its x back; the first tile of a chunk has none before it."""
-    x_bufs, x_ready, x_empty = buffers
-    X_STAGES: gl.constexpr = x_ready.shape[0]
-    X_TILES: gl.constexpr = x_bufs.shape[0] // X_STAGES
-    x_turn = turn * (_CHUNK // X_TILES) + TILE // X_TILES
-    stage = x_turn % X_STAGES
-    if TILE % X_TILES == 0:
-        mbarrier.wait(x_ready.index(stage), (x_turn // X_STAGES) & 1)
-    x = x_bufs.index(stage * X_TILES + TILE % X_TILES).permute((1, 0))
-    acc = warpgroup_mma(weight[0], x.slice(0, 16), acc, is_async=True)
-    if TILE > 0:
-        acc, _, _, _, _ = warpgroup_mma_wait(1, deps=(acc, running[0], running[1], running[2], running[3]))
-        if TILE % X_TILES == 0:
-            mbarrier.arrive(x_empty.index((x_turn - 1) % X_STAGES), count=1)
-    acc = warpgroup_mma(weight[1], x.slice(16, 16), acc, is_async=True)
-    acc = warpgroup_mma(weight[2], x.slice(32, 16), acc, is_async=True)
-    return warpgroup_mma(weight[3], x.slice(48, 16), acc, is_async=True)
 
 
 @gluon.jit
 def _consume(buffers, extent, result, partials, PART: gl.constexpr, BLOCK_SIZE: gl.constexpr):
-    x_bufs, words_bufs, scales_bufs, x_ready, x_empty, ready, empty = buffers
     works = extent[3]
-    x_buffers = (x_bufs, x_ready, x_empty)
-    dtype: gl.constexpr = x_bufs.dtype
-    STAGES: gl.constexpr = ready.shape[0]
-    GROUPS: gl.constexpr = words_bufs.shape[0] // STAGES
-    X_STAGES: gl.constexpr = x_ready.shape[0]
-    X_TILES: gl.constexpr = x_bufs.shape[0] // X_STAGES
-    TOKENS: gl.constexpr = x_bufs.shape[1]
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
-    DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    TOKENS: gl.constexpr = buffers[0].shape[1]
+    GROUPS: gl.constexpr = buffers[1].shape[0] // buffers[5].shape[0]
     turn = 0
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
         token, row, start, end, split, parts, cut = _place(work, extent, TOKENS)
-        total = gl.zeros((64, TOKENS), gl.float32, MMA)
-        slot = turn % STAGES
-        mbarrier.wait(ready.index(slot), (turn // STAGES) & 1)
-        words = words_bufs.index(slot * GROUPS + PART)
-        scales = load_scales(scales_bufs.index(slot * GROUPS + PART), DOT)
-        even = decode_tile(words, 0, scales, dtype, BLOCK_SIZE, DOT)
-        for chunk in range(start, end):
-            words = words_bufs.index(turn % STAGES * GROUPS + PART)
-            acc = _start(total, even, even, x_buffers, turn, 0)
-            odd = decode_tile(words, 1, scales, dtype, BLOCK_SIZE, DOT)
-            acc = _start(acc, odd, even, x_buffers, turn, 1)
-            even = decode_tile(words, 2, scales, dtype, BLOCK_SIZE, DOT)
-            acc = _start(acc, even, odd, x_buffers, turn, 2)
-            odd = decode_tile(words, 3, scales, dtype, BLOCK_SIZE, DOT)
-            acc = _start(acc, odd, even, x_buffers, turn, 3)
-            mbarrier.arrive(empty.index(turn % STAGES), count=1)
-            turn += 1
-            slot = turn % STAGES
-            mbarrier.wait(ready.index(slot), (turn // STAGES) & 1, pred=chunk + 1 < end)
-            scales = load_scales(scales_bufs.index(slot * GROUPS + PART), DOT)
-            even = decode_tile(words_bufs.index(slot * GROUPS + PART), 0, scales, dtype, BLOCK_SIZE, DOT)
-            total, _, _, _, _ = warpgroup_mma_wait(0, deps=(acc, odd[0], odd[1], odd[2], odd[3]))
-            mbarrier.arrive(x_empty.index((turn * (_CHUNK // X_TILES) - 1) % X_STAGES), count=1)
+        total, turn = multiply_chunks(buffers, start, end, turn, PART, BLOCK_SIZE)
         group = row * GROUPS + PART
         if parts > 1:
             _finish_slice(total, result, partials, group, token * TOKENS, split, parts, cut * GROUPS + PART)
@@ -287,7 +183,7 @@ def _finish(total, result, group, token):
     tma.store_wait(0)
     y_buf.permute((1, 0)).store(y.to(y_desc.dtype))
     fence_async_shared()
-    _store(y_desc, [token, group * 64], y_buf)
+    store_tile(y_desc, [token, group * 64], y_buf)
 
 
 _SIZES = ["n", "tiles", "chunks", "whole", "works", "token_tiles", "row_tiles", "splits", "global_scale_stride"]
@@ -321,15 +217,9 @@ def _wgmma_kernel(
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    dtype: gl.constexpr = x_desc.dtype
-    x_bufs = gl.allocate_shared_memory(dtype, [X_STAGES * X_TILES, TOKENS, 64], x_desc.layout)
-    y_bufs = gl.allocate_shared_memory(dtype, [GROUPS, TOKENS, 64], y_desc.layout)
-    words_bufs = gl.allocate_shared_memory(words_desc.dtype, [STAGES * GROUPS, 16, 256], words_desc.layout)
-    scales_bufs = gl.allocate_shared_memory(scales_desc.dtype, [STAGES * GROUPS, 1, 256], scales_desc.layout)
-    x_ready, x_empty = _barriers(X_STAGES, GROUPS)
-    ready, empty = _barriers(STAGES, GROUPS)
     operands = (x_desc, words_desc, scales_desc)
-    buffers = (x_bufs, words_bufs, scales_bufs, x_ready, x_empty, ready, empty)
+    buffers = make_buffers(operands, GROUPS, X_TILES, X_STAGES, STAGES)
+    y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS, TOKENS, 64], y_desc.layout)
     extent = (tiles, chunks, whole, works, token_tiles, row_tiles, splits)
     partials = (partial_ptr, arrived_ptr)
     first = (y_desc, y_bufs.index(0), global_scale_ptr, global_scale_stride, bias_ptr, n)
@@ -356,14 +246,3 @@ def _wgmma_kernel(
             [4, 4, 1],
             [160, 160, 24],
         )
-
-
-@gluon.jit
-def _barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr):
-    """Barriers (STAGES,) each: that a buffer is full, told by the producer's copies; that it is empty, by consumers."""
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=GROUPS)
-    return ready, empty

@@ -249,7 +249,7 @@ def _grouped_kernel(
     else:
         up_scale = tl.load(global_scales_ptr + expert * MEMBERS + MEMBERS - 1) * rescale(dtype, PTX)
         gate, up = _gate_and_up(total, GROUPS, TILE_M)
-        result = _activate(gate * scale, ACTIVATION) * (up * up_scale)
+        result = activate(gate * scale, ACTIVATION) * (up * up_scale)
         row = first * (TILE_ROWS // 2) + tl.arange(0, GROUPS * TILE_ROWS // 2)
         rows = n // 2
     y_ptr += (split.to(tl.int64) * pairs + pair)[None, :] * rows + row[:, None]
@@ -285,7 +285,8 @@ def _gate_and_up(total, GROUPS: tl.constexpr, TILE_M: tl.constexpr):
 
 
 @triton.jit
-def _activate(gate, ACTIVATION: tl.constexpr):
+def activate(gate, ACTIVATION: tl.constexpr):
+    """activation(gate), float32."""
     if ACTIVATION == "silu":
         return gate / (1.0 + tl.exp(-gate))
     elif ACTIVATION == "gelu":

@@ -7,7 +7,8 @@ def register() -> None:
     """Entry point of group `vllm.general_plugins`: vLLM calls it in every process."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from qwantize_vllm.plugin.config import METHOD, QwantizeConfig
+    from qwantize_vllm.plugin.base_config import METHOD
+    from qwantize_vllm.plugin.config import QwantizeConfig
     from qwantize_vllm.plugin.towers import watch_towers
     from qwantize_vllm.plugin.versions import warn_if_untested
 

@@ -10,12 +10,12 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from qwantize_vllm import __version__
 from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.layer_names import fused_members, matches, named_parts
+from qwantize_vllm.plugin.base_config import METHOD, QwantizeBaseConfig, add_to_compile_key
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
 from qwantize_vllm.plugin.measured_experts import MeasuredExperts, measures_experts
@@ -32,7 +32,6 @@ from qwantize_vllm.settings import (
     resolve_settings,
 )
 
-METHOD = "qwantize"
 _CHECKPOINT = "the checkpoint's quantization_config or --hf-overrides"
 _ADDITIONAL = "--additional-config"
 # What models call the linear layers that decide which experts a token is routed to, or how much a shared one counts.
@@ -41,7 +40,7 @@ _GATES = ("gate", "router", "shared_expert_gate")
 logger = init_logger(f"vllm.{__name__}")
 
 
-class QwantizeConfig(QuantizationConfig):
+class QwantizeConfig(QwantizeBaseConfig):
     """Online NVFP4 quantization of every linear layer and of experts.
 
     vLLM makes one per engine and pickles it to the engine's processes, so until the first layer
@@ -68,22 +67,6 @@ class QwantizeConfig(QuantizationConfig):
         resolve_settings({source: self._given, **_environment()}, look_for_files)
 
     @classmethod
-    def get_name(cls) -> str:
-        return METHOD
-
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
-    @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, **kwargs: Any) -> Any:
         """With --quantization qwantize, a checkpoint that is NVFP4 already is ours; others are refused by name."""
         if user_quant != METHOD or not hf_quant_cfg or hf_quant_cfg.get("quant_method") == METHOD:
@@ -92,7 +75,7 @@ class QwantizeConfig(QuantizationConfig):
         return METHOD
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+    def from_config(cls, config: dict[str, Any]) -> QwantizeBaseConfig:
         if config.get("quant_method") != METHOD or config.get("packed"):
             return PackedConfig(config)
         return cls({key: value for key, value in config.items() if key != "quant_method"})
@@ -117,12 +100,7 @@ class QwantizeConfig(QuantizationConfig):
                 if self._resolved.refine == "gptq":
                     file.check_full()
             logger.info("qwantize settings: %s; given: %s", self._resolved, given)
-            if isinstance(additional, dict):
-                # Part of the key of vLLM's compile cache, which knows none of our sources but this.
-                additional[f"{METHOD}_resolved"] = {
-                    "version": __version__,
-                    **self._resolved.model_dump(mode="json", exclude={"cache_dir"}),
-                }
+            add_to_compile_key(additional, self._resolved)
         return self._resolved
 
     @property

@@ -25,16 +25,16 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter, PerTensorScaleParameter
 
-from qwantize_vllm import __version__
 from qwantize_vllm.checkpoint import LAYOUTS, Checkpoint, Layout
 from qwantize_vllm.checkpoint.export import NOTES, verify
+from qwantize_vllm.plugin.base_config import METHOD, QwantizeBaseConfig, add_to_compile_key
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.weights import Form, QuantizedLayer, choose_form
 from qwantize_vllm.settings import QwantizeSettings, environment_settings, resolve_settings
@@ -105,7 +105,7 @@ def _refusal(method: str) -> ValueError:
     )
 
 
-class PackedConfig(QuantizationConfig):
+class PackedConfig(QwantizeBaseConfig):
     """What QwantizeConfig makes of a checkpoint that is NVFP4 already. Pickled to the engine's processes."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -115,22 +115,6 @@ class PackedConfig(QuantizationConfig):
         self._theirs = _theirs(self.packed, config)
         self._resolved: QwantizeSettings | None = None
         self._report: LoadReport | None = None
-
-    @classmethod
-    def get_name(cls) -> str:
-        return "qwantize"
-
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PackedConfig:
@@ -144,7 +128,7 @@ class PackedConfig(QuantizationConfig):
         """Of `--additional-config` and QWANTIZE_CONFIG, what still matters; first while vLLM builds the model."""
         if self._resolved is None:
             additional = get_current_vllm_config().additional_config
-            extra = additional.get("qwantize", {}) if isinstance(additional, dict) else {}
+            extra = additional.get(METHOD, {}) if isinstance(additional, dict) else {}
             _, origin = resolve_settings({"--additional-config": extra, "QWANTIZE_CONFIG": environment_settings()})
             values = {**environment_settings(), **extra}
             used = {key: values[key] for key in _USED if key in values}
@@ -157,12 +141,7 @@ class PackedConfig(QuantizationConfig):
                     "qwantize: the checkpoint asks for activations of four bits too (W4A4); they stay as they are"
                 )
             _look_at_files(get_current_vllm_config(), self._resolved.strict)
-            if isinstance(additional, dict):  # part of the key of vLLM's compile cache
-                additional["qwantize_resolved"] = {
-                    "version": __version__,
-                    "packed": self.packed.layout.name,
-                    **self._resolved.model_dump(mode="json", exclude={"cache_dir"}),
-                }
+            add_to_compile_key(additional, self._resolved, packed=self.packed.layout.name)
         return self._resolved
 
     @property

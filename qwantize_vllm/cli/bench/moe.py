@@ -153,7 +153,7 @@ def _time(runs: list[_Run], inputs: list[_Inputs], w13: Nvfp4Tensor, w2: Nvfp4Te
         exact = _exact(x, weights, ids, w13, w2)
         calls = [functools.partial(runs[i % len(runs)], *each) for i, each in enumerate(inputs)]
         timing = time_call(calls, y.device)
-    except Exception as error:
+    except Exception as error:  # as in _measure
         return dataclasses.replace(cell, problem=f"{type(error).__name__}: {error}".splitlines()[0])
     off = float(((y - exact).norm() / exact.norm()).nan_to_num(torch.inf))
     return dataclasses.replace(cell, us=1e6 * timing.seconds, method=timing.method, error=off)

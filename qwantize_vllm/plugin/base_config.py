@@ -1,0 +1,42 @@
+"""What both configs of the plugin are to vLLM: that of unquantized checkpoints, and that of packed ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from qwantize_vllm import __version__
+from qwantize_vllm.settings import QwantizeSettings
+
+METHOD = "qwantize"
+
+
+class QwantizeBaseConfig(QuantizationConfig):
+    """The name, and what it runs on. vLLM makes one per engine and pickles it to the engine's processes."""
+
+    @classmethod
+    def get_name(cls) -> str:
+        return METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: settings come by other routes."""
+        return []
+
+
+def add_to_compile_key(additional: Any, settings: QwantizeSettings, **more: Any) -> None:
+    """Make the settings part of the key of vLLM's compile cache, which knows none of our sources but
+    additional_config."""
+    if isinstance(additional, dict):
+        resolved = settings.model_dump(mode="json", exclude={"cache_dir"})
+        additional[f"{METHOD}_resolved"] = {"version": __version__, **more, **resolved}
