@@ -9,9 +9,16 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qwantize_vllm.matmul.triton_fragments import MULTIPLY_FLOAT16, PLANES_BFLOAT16, PLANES_FLOAT16
-
-_MULTIPLY_BFLOAT16 = gl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
+from qwantize_vllm.matmul.triton_fragments import (
+    PAIR_BFLOAT16,
+    PAIR_FLOAT16,
+    PLANES_BFLOAT16,
+    PLANES_FLOAT16,
+    TIMES_HIGH_BFLOAT16,
+    TIMES_HIGH_FLOAT16,
+    TIMES_LOW_BFLOAT16,
+    TIMES_LOW_FLOAT16,
+)
 
 
 @gluon.jit
@@ -43,26 +50,36 @@ def decode_tile(buffer, tile: gl.constexpr, scales, dtype: gl.constexpr, BLOCK_S
     words = gl.reshape(buffer.slice(4 * tile, 4, 0).load(THREADS), (4, 8, 4, 2, 2, 2))  # part, r, q, k', n', k0
     words = gl.reshape(gl.permute(words, (0, 4, 1, 3, 2, 5)), (64, 16))
     words = gl.convert_layout(words, DOT, assert_trivial=True)
-    bits = scales[tile].to(gl.int32)
+    even, odd = scale_pairs(scales[tile].to(gl.int32), dtype, BLOCK_SIZE)
     ASM: gl.constexpr = "=r,=r,=r,=r,r"
     if dtype == gl.bfloat16:
         a, b, c, d = gl.inline_asm_elementwise(PLANES_BFLOAT16, ASM, [words], (gl.bfloat16,) * 4, is_pure=True, pack=2)
     else:
         a, b, c, d = gl.inline_asm_elementwise(PLANES_FLOAT16, ASM, [words], (gl.float16,) * 4, is_pure=True, pack=2)
-    return (
-        _times(a, bits, 0, BLOCK_SIZE),
-        _times(b, bits, 1, BLOCK_SIZE),
-        _times(c, bits, 2, BLOCK_SIZE),
-        _times(d, bits, 3, BLOCK_SIZE),
-    )
+    return _times(a, even, 0), _times(b, odd, 0), _times(c, even, 1), _times(d, odd, 1)
 
 
 @gluon.jit
-def _times(values, scales, plane: gl.constexpr, BLOCK_SIZE: gl.constexpr):
-    """values (rows, 16 columns of a plane) by their block's scale, a byte of `scales` (rows,)."""
-    byte = (scales >> (8 * (plane * 16 // BLOCK_SIZE))) & 0xFF
-    # Two of the same: bfloat16 of exponent e - 9 + 118, float16 of exponent e - 9 + 7.
-    pair = byte * 0x00100010 + 0x76007600 if values.dtype == gl.bfloat16 else byte * 0x00800080 + 0x34003400
+def scale_pairs(scales, dtype: gl.constexpr, BLOCK_SIZE: gl.constexpr):
+    """As in triton_fragments.py: two int32 of two scales each, of planes 0 and 2, and of planes 1 and 3."""
+    if BLOCK_SIZE == 32:
+        scales |= scales << 8
+        first = scales & 0x00FF00FF
+        second = first
+    else:
+        first, second = scales & 0x00FF00FF, (scales >> 8) & 0x00FF00FF
+    PAIR: gl.constexpr = PAIR_BFLOAT16 if dtype == gl.bfloat16 else PAIR_FLOAT16
+    first = gl.inline_asm_elementwise(PAIR, "=r,r", [first], dtype=gl.int32, is_pure=True, pack=1)
+    second = gl.inline_asm_elementwise(PAIR, "=r,r", [second], dtype=gl.int32, is_pure=True, pack=1)
+    return first, second
+
+
+@gluon.jit
+def _times(values, pair, HIGH: gl.constexpr):
+    """values (rows, 16 columns of a plane) by the lower or the upper one of two scales (rows,)."""
     values, pair = gl.broadcast(values, gl.expand_dims(pair, 1))
-    MULTIPLY: gl.constexpr = _MULTIPLY_BFLOAT16 if values.dtype == gl.bfloat16 else MULTIPLY_FLOAT16
-    return gl.inline_asm_elementwise(MULTIPLY, "=r,r,r,r", [values, pair], dtype=values.dtype, is_pure=True, pack=2)
+    if values.dtype == gl.bfloat16:
+        TIMES: gl.constexpr = TIMES_HIGH_BFLOAT16 if HIGH else TIMES_LOW_BFLOAT16
+    else:
+        TIMES: gl.constexpr = TIMES_HIGH_FLOAT16 if HIGH else TIMES_LOW_FLOAT16
+    return gl.inline_asm_elementwise(TIMES, "=r,r,r,r", [values, pair], dtype=values.dtype, is_pure=True, pack=2)

@@ -15,10 +15,11 @@ wide, without gaps, and every weight is born in the register in which the produc
 
     bit      15  14  13  12  11  10   9   8   7   6   5   4   3   2   1   0
     plane     0   3   3   1   3   3   2   0   0   0   1   1   1   2   2   2
-              s   s   m2  s   m1  m0  s  m2  m1  m0  m2  m1  m0  m2  m1  m0     s sign, m magnitude
+              s  m0   s   s  m2  m1   s  m2  m1  m0  m2  m1  m0  m2  m1  m0     s sign, m magnitude
 
 One shift by 3*plane brings s to bit 15 and m to bits 8 to 6, where the exponent of a bfloat16 ends and its mantissa
-begins: the value times 2^-126. Only plane 3 needs more.
+begins: the value times 2^-126. The bits of plane 3 lie so that after a shift by 8 and a mask one multiplication, by
+2^10 + 2^5 + 1, does the same: a copy of them for s, one for m2 and m1, one for m0, and no carry gets in between.
 
     scales   int32 (N/64, K/256, 64 rows, 4 tiles) for blocks of 16, a byte a plane; int16 for blocks of 32, a byte two
              planes. Four tiles at a time are what few tokens are multiplied with: 16 bytes a row again.
@@ -155,13 +156,13 @@ def _interleave(codes: list[torch.Tensor]) -> torch.Tensor:
         sign = (codes[plane] >> 3).to(torch.int16) << (15 - 3 * plane)
         word |= sign | ((codes[plane] & 7).to(torch.int16) << (6 - 3 * plane))
     last = codes[3].to(torch.int16)
-    return word | ((last & 8) << 11) | ((last & 4) << 11) | ((last & 3) << 10)
+    return word | ((last & 8) << 10) | ((last & 6) << 9) | ((last & 1) << 14)
 
 
 def _separate(words: torch.Tensor) -> list[torch.Tensor]:
     """The inverse of _interleave: four tensors of codes uint8."""
     codes = [((words >> (6 - 3 * plane)) & 7) | ((words >> (12 - 3 * plane)) & 8) for plane in range(3)]
-    codes.append(((words >> 11) & 8) | ((words >> 11) & 4) | ((words >> 10) & 3))
+    codes.append(((words >> 10) & 8) | ((words >> 9) & 6) | ((words >> 14) & 1))
     return [each.to(torch.uint8) for each in codes]
 
 

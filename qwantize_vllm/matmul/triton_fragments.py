@@ -14,50 +14,62 @@ from qwantize_vllm.triton_format import decode_e2m1
 TILE_ROWS, TILE_COLUMNS = tl.constexpr(ROWS), tl.constexpr(COLUMNS)
 _TILE_WORDS = tl.constexpr(ROWS * COLUMNS // 4)
 
-# Registers of two words (16 bits each) to two bfloat16 of each plane, times 2^-126. Plane 3 has its magnitude in
-# two places.
+# Registers of two words (16 bits each) to two bfloat16 of each plane, times 2^-126.
 PLANES_BFLOAT16 = tl.constexpr("""
 {
 .reg .b32 a, b, c;
 and.b32 $0, $4, 0x81C081C0;
 shl.b32 a, $4, 3;
 and.b32 $1, a, 0x81C081C0;
-shl.b32 a, $4, 6;
-and.b32 $2, a, 0x81C081C0;
-shl.b32 a, $4, 1;
-shr.u32 b, $4, 5;
-shr.u32 c, $4, 4;
-and.b32 a, a, 0x80008000;
-lop3.b32 a, b, 0x01000100, a, 0xEA;
-lop3.b32 $3, c, 0x00C000C0, a, 0xEA;
+shl.b32 b, $4, 6;
+and.b32 $2, b, 0x81C081C0;
+shr.u32 c, $4, 8;
+and.b32 c, c, 0x006C006C;
+mul.lo.u32 c, c, 0x421;
+and.b32 $3, c, 0x81C081C0;
 }
 """)
 # The same for float16, whose mantissa has three bits more, times 2^-14.
 PLANES_FLOAT16 = tl.constexpr("""
 {
-.reg .b32 a, b, s;
+.reg .b32 a, b, c, d;
 shl.b32 a, $4, 3;
-and.b32 a, a, 0x0E000E00;
-lop3.b32 $0, $4, 0x80008000, a, 0xEA;
-shl.b32 a, $4, 6;
-and.b32 a, a, 0x0E000E00;
-shl.b32 s, $4, 3;
-lop3.b32 $1, s, 0x80008000, a, 0xEA;
-shl.b32 a, $4, 9;
-and.b32 a, a, 0x0E000E00;
-shl.b32 s, $4, 6;
-lop3.b32 $2, s, 0x80008000, a, 0xEA;
-shr.u32 a, $4, 2;
-shr.u32 b, $4, 1;
-shl.b32 s, $4, 1;
-and.b32 a, a, 0x08000800;
-lop3.b32 a, b, 0x06000600, a, 0xEA;
-lop3.b32 $3, s, 0x80008000, a, 0xEA;
+shl.b32 b, $4, 6;
+shl.b32 c, $4, 9;
+and.b32 d, a, 0x0E000E00;
+lop3.b32 $0, $4, 0x80008000, d, 0xEA;
+and.b32 d, b, 0x0E000E00;
+lop3.b32 $1, a, 0x80008000, d, 0xEA;
+and.b32 d, c, 0x0E000E00;
+lop3.b32 $2, b, 0x80008000, d, 0xEA;
+shr.u32 c, $4, 8;
+and.b32 c, c, 0x006C006C;
+mul.lo.u32 c, c, 0x421;
+shl.b32 d, c, 3;
+and.b32 d, d, 0x0E000E00;
+lop3.b32 $3, c, 0x80008000, d, 0xEA;
 }
 """)
-# A product plus -0: Ampere has no bfloat16 multiplication by itself.
-_MULTIPLY_BFLOAT16 = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")
-MULTIPLY_FLOAT16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
+# Two bytes of scales, 16 bits apart, to two bfloat16 of exponents e - 9 + 118, or two float16 of e - 9 + 7. Triton would
+# make a shift and an addition of a multiplication and an addition, which are one instruction.
+PAIR_BFLOAT16 = tl.constexpr("mad.lo.u32 $0, $1, 16, 0x76007600;")
+PAIR_FLOAT16 = tl.constexpr("mad.lo.u32 $0, $1, 128, 0x34003400;")
+# Two values times the lower or the upper one of two scales. On Ampere that is a product plus -0: it has no bfloat16
+# multiplication by itself.
+_TIMES = """
+{{
+.reg .b16 low, high;
+.reg .b32 scale, zero;
+mov.b32 {{low, high}}, $2;
+mov.b32 scale, {{{0}, {0}}};
+mov.b32 zero, 0x80008000;
+fma.rn.{1} $0, $1, scale, zero;
+}}
+"""
+TIMES_LOW_BFLOAT16 = tl.constexpr(_TIMES.format("low", "bf16x2"))
+TIMES_HIGH_BFLOAT16 = tl.constexpr(_TIMES.format("high", "bf16x2"))
+TIMES_LOW_FLOAT16 = tl.constexpr(_TIMES.format("low", "f16x2"))
+TIMES_HIGH_FLOAT16 = tl.constexpr(_TIMES.format("high", "f16x2"))
 
 
 @triton.jit
@@ -90,19 +102,36 @@ def load_scales(scales_ptr, first, groups, tile, tiles, GROUPS: tl.constexpr, ST
 
 
 @triton.jit
-def _scale_byte(scales, plane: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """int32 byte of the scale of a plane's block."""
-    return (scales >> (8 * (plane * 16 // BLOCK_SIZE))) & 0xFF
+def scale_pairs(scales, dtype: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Two int32 of two scales in dtype each: of planes 0 (lower half) and 2, and of planes 1 and 3."""
+    if BLOCK_SIZE == 32:  # a byte is for planes 0 and 1, the next one for planes 2 and 3
+        scales |= scales << 8
+        first = scales & 0x00FF00FF
+        second = first
+    else:
+        first, second = scales & 0x00FF00FF, (scales >> 8) & 0x00FF00FF
+    PAIR: tl.constexpr = PAIR_BFLOAT16 if dtype == tl.bfloat16 else PAIR_FLOAT16
+    first = tl.inline_asm_elementwise(PAIR, "=r,r", [first], dtype=tl.int32, is_pure=True, pack=1)
+    second = tl.inline_asm_elementwise(PAIR, "=r,r", [second], dtype=tl.int32, is_pure=True, pack=1)
+    return first, second
 
 
 @triton.jit
 def block_values(words, scales, dtype: tl.constexpr, BLOCK_SIZE: tl.constexpr, PTX: tl.constexpr):
     """value * block_scale (rows, 64 columns of each tile); where PTX, in dtype and in units that rescale undoes."""
     first, second, third, fourth = _planes(words, dtype, PTX)
-    first = _scaled(first, _scale_byte(scales, 0, BLOCK_SIZE), dtype, PTX)
-    second = _scaled(second, _scale_byte(scales, 1, BLOCK_SIZE), dtype, PTX)
-    third = _scaled(third, _scale_byte(scales, 2, BLOCK_SIZE), dtype, PTX)
-    fourth = _scaled(fourth, _scale_byte(scales, 3, BLOCK_SIZE), dtype, PTX)
+    if PTX:
+        LOW: tl.constexpr = TIMES_LOW_BFLOAT16 if dtype == tl.bfloat16 else TIMES_LOW_FLOAT16
+        HIGH: tl.constexpr = TIMES_HIGH_BFLOAT16 if dtype == tl.bfloat16 else TIMES_HIGH_FLOAT16
+        even, odd = scale_pairs(scales, dtype, BLOCK_SIZE)
+        even, odd = _spread(even), _spread(odd)
+        first, third = _times(first, even, LOW), _times(third, even, HIGH)
+        second, fourth = _times(second, odd, LOW), _times(fourth, odd, HIGH)
+    else:
+        first *= _spread(_scale_value(scales, 0, BLOCK_SIZE))
+        second *= _spread(_scale_value(scales, 1, BLOCK_SIZE))
+        third *= _spread(_scale_value(scales, 2, BLOCK_SIZE))
+        fourth *= _spread(_scale_value(scales, 3, BLOCK_SIZE))
     rows: tl.constexpr = first.shape[0]
     tiles: tl.constexpr = first.shape[1] // 16
     joined = tl.join(tl.join(first, third), tl.join(second, fourth))  # plane = 2 * (last axis but one) + last axis
@@ -111,21 +140,9 @@ def block_values(words, scales, dtype: tl.constexpr, BLOCK_SIZE: tl.constexpr, P
 
 
 @triton.jit
-def _scaled(values, byte, dtype: tl.constexpr, PTX: tl.constexpr):
-    if not PTX:
-        return values * _spread(_scale_value(byte))
-    elif dtype == tl.bfloat16:
-        # Two bfloat16 of exponent e - 9 + 118.
-        return _times(values, _spread(byte * 0x00100010 + 0x76007600), _MULTIPLY_BFLOAT16)
-    else:
-        # Two float16 of exponent e - 9 + 7.
-        return _times(values, _spread(byte * 0x00800080 + 0x34003400), MULTIPLY_FLOAT16)
-
-
-@triton.jit
-def _times(values, pair, MULTIPLY: tl.constexpr):
-    """Each of two neighbouring 16-bit values times its half of an int32, which is the same for both."""
-    return tl.inline_asm_elementwise(MULTIPLY, "=r,r,r,r", [values, pair], dtype=values.dtype, is_pure=True, pack=2)
+def _times(values, pair, TIMES: tl.constexpr):
+    """Each of two neighbouring 16-bit values times half of an int32, which is the same for both."""
+    return tl.inline_asm_elementwise(TIMES, "=r,r,r,r", [values, pair], dtype=values.dtype, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -147,7 +164,7 @@ def _planes(words, dtype: tl.constexpr, PTX: tl.constexpr):
         first = decode_e2m1(((word >> 12) & 8) | ((word >> 6) & 7))
         second = decode_e2m1(((word >> 9) & 8) | ((word >> 3) & 7))
         third = decode_e2m1(((word >> 6) & 8) | (word & 7))
-        return first, second, third, decode_e2m1(((word >> 11) & 12) | ((word >> 10) & 3))
+        return first, second, third, decode_e2m1(((word >> 10) & 8) | ((word >> 9) & 6) | ((word >> 14) & 1))
     elif dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             PLANES_BFLOAT16, "=r,=r,=r,=r,r", [words], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
@@ -167,6 +184,7 @@ def _spread(scale):
 
 
 @triton.jit
-def _scale_value(byte):
-    """float32 value of the byte of a scale (int32)."""
+def _scale_value(scales, plane: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """float32 of the byte of the scale of a plane's block."""
+    byte = (scales >> (8 * (plane * 16 // BLOCK_SIZE))) & 0xFF
     return ((byte << 20) + (118 << 23)).to(tl.float32, bitcast=True)
