@@ -4,7 +4,7 @@
     .venv/bin/python scripts/tune_matmul.py
 
 RULES in qwantize_vllm/matmul/tile_shapes.py maps the major version of the compute capability to shapes of the Triton
-kernel, or to that for wgmma. The first table says which ones the rules should lead to; "dequantized" is what serves
+kernel, to those of the kernel for few tokens, marked "decode", or to that for wgmma. The first table says which ones the rules should lead to; "dequantized" is what serves
 where no rule fits. The second one has the constants of qwantize_vllm/matmul/wgmma_shapes.py. Nothing is tuned while
 serving.
 """
@@ -24,7 +24,7 @@ from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, time_call
 from qwantize_vllm.cli.bench.inputs import random_activations, random_weight
 from qwantize_vllm.matmul.backends import run_swizzled
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4, swizzle
-from qwantize_vllm.matmul.tile_shapes import TileShape
+from qwantize_vllm.matmul.tile_shapes import DecodeShape, TileShape
 from qwantize_vllm.matmul.wgmma_shapes import STEPS, WgmmaShape
 from qwantize_vllm.search.quantize import quantize_nvfp4
 
@@ -32,6 +32,8 @@ LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "dow
 TOKENS = [1, 16, 32, 64, 128, 256, 512, 1024]
 # (groups, steps, warps, stages)
 FORMS = [(1, 4, 2, 3), (1, 4, 4, 3), (1, 2, 4, 3), (1, 2, 4, 4), (1, 1, 4, 3), (2, 2, 4, 3), (2, 1, 4, 4), (2, 2, 8, 3)]
+# (parts, tiles, warps)
+DECODE_FORMS = [(1, 4, 8), (1, 4, 16), (2, 4, 2), (2, 4, 4), (2, 4, 8), (4, 2, 4)]
 
 app = typer.Typer(add_completion=False)
 
@@ -60,7 +62,7 @@ def tile_table(layers: list[str], tokens: list[int]) -> Table:
             x = random_activations(m, LAYERS[name][1], torch.bfloat16, torch.device("cuda"))
             times = {shape: time_shape(x, weights, shape) for shape in candidates(m)}
             best = sorted((us, shape) for shape, us in times.items() if us is not None)[:3]
-            words = [f"{us:.1f} {tuple(shape)}" for us, shape in best]
+            words = [f"{us:.1f} {'decode ' * isinstance(shape, DecodeShape)}{tuple(shape)}" for us, shape in best]
             ours = [f"{time_backend(x, weights, backend):.1f}" for backend in ("auto", "unswizzled")]
             table.add_row(name, str(m), *ours, *words)
     return table
@@ -106,20 +108,28 @@ def swizzled_copies(shape: tuple[int, int]) -> list[SwizzledNvfp4]:
     ]
 
 
-def candidates(m: int) -> list[TileShape]:
+def candidates(m: int) -> list[TileShape | DecodeShape]:
     """Tiles that hold m tokens, and smaller ones from 64 tokens on."""
     sizes = [size for size in (8, 16, 32, 64, 128, 256) if size < 2 * max(m, 8) and (size >= m or size >= 64)]
-    return [TileShape(size, *form) for size in sizes for form in FORMS]
+    few = [size for size in (1, 2, 4, 8, 16) if m <= size < 2 * m]
+    return [
+        *(DecodeShape(size, *form) for size in few for form in DECODE_FORMS),
+        *(TileShape(size, *form) for size in sizes for form in FORMS),
+    ]
 
 
-def time_shape(x: torch.Tensor, weights: list[SwizzledNvfp4], shape: TileShape) -> float | None:
+def time_shape(x: torch.Tensor, weights: list[SwizzledNvfp4], shape: TileShape | DecodeShape) -> float | None:
     """Microseconds of a product; None where the shape does not fit this GPU."""
     from triton.runtime.errors import OutOfResources
 
+    from qwantize_vllm.matmul.gluon_decode import matmul_decode
     from qwantize_vllm.matmul.triton_swizzled import matmul_swizzled
 
+    if isinstance(shape, DecodeShape) and torch.cuda.get_device_capability()[0] != 9:
+        return None
+    multiply = functools.partial(matmul_decode if isinstance(shape, DecodeShape) else matmul_swizzled, shape=shape)
     try:
-        calls = [functools.partial(matmul_swizzled, x, weight, None, shape) for weight in weights]
+        calls = [functools.partial(multiply, x, weight, None) for weight in weights]
         return 1e6 * time_call(calls, x.device).seconds
     except OutOfResources:
         return None

@@ -22,7 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from qwantize_vllm.hessian.triton_accumulate import _add_blocks_kernel
 from qwantize_vllm.matmul import grouped_shapes
-from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, ELSEWHERE, RULES, TileShape
+from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, ELSEWHERE, RULES, DecodeShape, TileShape
 from qwantize_vllm.matmul.triton_dequantize import _dequantize_kernel
 from qwantize_vllm.matmul.triton_fused import _fused_kernel, _reduce_kernel
 from qwantize_vllm.matmul.triton_grouped import _grouped_kernel, _sum_kernel
@@ -112,9 +112,25 @@ def expert_variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict
 
 def warps(kernel: Any, constants: dict[str, Any]) -> int:
     """What has a block a lane or a warp has one warp a program; most others Triton's default."""
+    if "num_warps" in constants:
+        return constants["num_warps"]
     if kernel is _prepare_hessian_kernel:
         return constants["SIZE"] // 2
     return 1 if kernel.__name__.startswith(("_search", "_refine", "_add")) else 4
+
+
+def decode_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Hopper's kernel for few tokens: each shape of a rule, and one of 16 tokens, once."""
+    from qwantize_vllm.matmul.gluon_decode import _decode_kernel
+
+    shapes = [rule.shape for rule in RULES[9] if isinstance(rule.shape, DecodeShape)]
+    for number, shape in enumerate(dict.fromkeys([*shapes, DecodeShape(16, 2, 2, 8)])):
+        dtype, block = (("*bf16", 16), ("*fp16", 32), ("*bf16", 32), ("*fp16", 16))[number % 4]
+        pointers = {"x_ptr": dtype, "y_ptr": dtype, "bias_ptr": dtype, "words_ptr": "*i16", "global_scale_ptr": "*fp32"}
+        pointers["scales_ptr"] = "*i32" if block == 16 else "*i16"
+        tile = {"TOKENS": shape.tokens, "PARTS": shape.parts, "TILES": shape.tiles, "AHEAD": shape.ahead}
+        flags = {"BLOCK_SIZE": block, "SCALE_A_ROW": number % 2 == 0, "WHOLE": number % 3 == 0}
+        yield _decode_kernel, pointers, {**tile, **flags, "num_warps": shape.warps}
 
 
 def wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
@@ -136,6 +152,7 @@ def wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         stages = {"X_STAGES": shape.x_stages, "STAGES": shape.stages}
         yield _wgmma_kernel, types, {**names, **stages, "BLOCK_SIZE": block, "num_warps": 4}
     yield from grouped_wgmma_variants()
+    yield from decode_variants()
 
 
 def grouped_wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
@@ -179,7 +196,7 @@ def check_products(kernel: Any, constants: dict[str, Any], cubin: bytes) -> None
         products, found = hazards(disassemble(cubin, Path(folder)))
     if found:
         raise SystemExit(f"{kernel.__name__} {constants}: written while a product runs on them: {found[:3]}")
-    if kernel.is_gluon() and not products:
+    if kernel.__name__.endswith("wgmma_kernel") and not products:
         raise SystemExit(f"{kernel.__name__} {constants}: no product with its left operand in registers")
 
 

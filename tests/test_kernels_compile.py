@@ -27,7 +27,7 @@ KERNELS = {
     "_place_kernel",
     "_sum_kernel",
 }
-ON_HOPPER = {"_wgmma_kernel", "_copy_kernel", "_grouped_wgmma_kernel"}
+ON_HOPPER = {"_decode_kernel", "_wgmma_kernel", "_copy_kernel", "_grouped_wgmma_kernel"}
 
 
 SLOW = [pytest.param(capability, marks=pytest.mark.slow) for capability in (80, 89, 100, 120)]

@@ -20,7 +20,7 @@ from qwantize_vllm.matmul.gpu import capability_major
 from qwantize_vllm.matmul.grouped_shapes import WGMMA_PAIRS
 from qwantize_vllm.matmul.reference import matmul_reference
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
-from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, Wgmma, choose_shape
+from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, DecodeShape, Shape, TileShape, choose_shape
 
 logger = logging.getLogger(__name__)
 
@@ -117,17 +117,21 @@ def run_swizzled(
     if backend == "batch_invariant":
         return matmul_swizzled(x, weight, bias, ANY_TOKENS, split=False)
     major, (groups, tiles) = capability_major(x.device), weight.words.shape[:2]
-    shape = choose_shape(major, x.shape[0], groups, tiles, wgmma=x.is_cuda)
-    if shape is Wgmma.KERNEL and (reason := why_not_wgmma(x, weight)):
-        _tell_once(f"the kernel of gluon_wgmma {reason}; slower ones take its place")
-        shape = choose_shape(major, x.shape[0], groups, tiles, wgmma=False)
+    shape = choose_shape(major, x.shape[0], groups, tiles, gluon=x.is_cuda)
+    if shape is not None and (reason := why_not_gluon(x, weight, shape)):
+        _tell_once(f"a kernel in Gluon {reason}; slower ones take its place")
+        shape = choose_shape(major, x.shape[0], groups, tiles, gluon=False)
     if backend == "unswizzled" or (backend == "auto" and shape is None):
         return matmul_unswizzled(x, weight, bias)
-    if shape is Wgmma.KERNEL:
-        from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
+    if shape is None or isinstance(shape, TileShape):
+        return matmul_swizzled(x, weight, bias, shape or ANY_TOKENS)
+    if isinstance(shape, DecodeShape):
+        from qwantize_vllm.matmul.gluon_decode import matmul_decode
 
-        return matmul_wgmma(x, weight, bias)
-    return matmul_swizzled(x, weight, bias, shape or ANY_TOKENS)
+        return matmul_decode(x, weight, bias, shape)
+    from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
+
+    return matmul_wgmma(x, weight, bias)
 
 
 def run_experts(
@@ -166,18 +170,21 @@ def _why_no_grouped_wgmma(w13: SwizzledExperts, w2: SwizzledExperts) -> str | No
     return why_not_wgmma(w13, w2)
 
 
-def why_not_wgmma(x: torch.Tensor, weight: SwizzledNvfp4) -> str | None:
-    """Why the kernel for wgmma cannot multiply x (M, K) here; None where it can."""
+def why_not_gluon(x: torch.Tensor, weight: SwizzledNvfp4, shape: Shape) -> str | None:
+    """Why the kernel of a shape, if it is one in Gluon, cannot multiply x (M, K) here; None where it can."""
+    if isinstance(shape, TileShape):
+        return None
     if reason := _why_no_gluon():
         return reason
-    from qwantize_vllm.matmul import gluon_wgmma
+    from qwantize_vllm.matmul import gluon_decode, gluon_wgmma
 
-    return gluon_wgmma.why_not_wgmma(x, weight)
+    return gluon_decode.why_not_decode(x) if isinstance(shape, DecodeShape) else gluon_wgmma.why_not_wgmma(x, weight)
 
 
 @functools.cache
 def _why_no_gluon() -> str | None:
     try:
+        import qwantize_vllm.matmul.gluon_decode
         import qwantize_vllm.matmul.gluon_wgmma  # noqa: F401
     except (ImportError, AttributeError) as error:  # Gluon is not stable yet, nor there before Triton 3.4
         return f"does not work with this version of Triton: {error}"

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from qwantize_vllm.matmul.backends import why_not_wgmma
+from qwantize_vllm.matmul.backends import why_not_gluon
 from qwantize_vllm.matmul.gpu import capability_major
-from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
-from qwantize_vllm.matmul.tile_shapes import TileShape, Wgmma, shapes_for
+from qwantize_vllm.matmul.swizzle import COLUMNS, SwizzledNvfp4
+from qwantize_vllm.matmul.tile_shapes import DecodeShape, Shape, TileShape, shapes_for
 from qwantize_vllm.matmul.wgmma_shapes import STEPS
 
 _MOST_THREADS = 8
@@ -36,24 +36,34 @@ def compile_ahead(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor 
         _compile_shape(weight, dtype, bias, shape)
 
 
-def _compile_shape(
-    weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, shape: TileShape | Wgmma
-) -> None:
+def _compile_shape(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, shape: Shape) -> None:
     n, k = weight.shape
     # What the kernels are compiled for: Triton asks whether a size is a multiple of 16.
-    sizes = (n % 16 == 0, k % 256, weight.block_size, weight.global_scale.dim())
+    sizes = (n % 16 == 0, _whole_steps(k, shape), weight.block_size, weight.global_scale.dim())
     if not _is_new(weight.device, dtype, None if bias is None else bias.dtype, shape, *sizes):
         return
     launch = functools.partial(_compile, weight.device)
+    x = _empty(1, k, weight, dtype)
     if isinstance(shape, TileShape):
         from qwantize_vllm.matmul.triton_swizzled import matmul_swizzled
 
         matmul_swizzled(_empty(shape.tokens, k, weight, dtype), weight, bias, shape, launch=launch)
-    elif why_not_wgmma(x := _empty(1, k, weight, dtype), weight) is None:
+    elif why_not_gluon(x, weight, shape) is not None:
+        return
+    elif isinstance(shape, DecodeShape):
+        from qwantize_vllm.matmul.gluon_decode import matmul_decode
+
+        matmul_decode(x, weight, bias, shape, launch=launch)
+    else:
         from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
 
         for wgmma_shape in STEPS:
             matmul_wgmma(x, weight, bias, wgmma_shape, launch=launch)
+
+
+def _whole_steps(k: int, shape: Shape) -> int:
+    """What the kernels know of K."""
+    return k % (COLUMNS * shape.tiles * shape.warps if isinstance(shape, DecodeShape) else 256)
 
 
 def _empty(tokens: int, k: int, weight: SwizzledNvfp4, dtype: torch.dtype) -> torch.Tensor:

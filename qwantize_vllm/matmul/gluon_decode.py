@@ -1,4 +1,4 @@
-"""Dequantize and multiply for at most 16 tokens, in Gluon: where reading W is the cost, so that little else may be done.
+"""Dequantize and multiply for at most 16 tokens, in Gluon: where reading W is the cost, and little else may be done.
 
 y = x W' is computed as W x' from the layout of swizzle.py. Of each 16 bytes that a lane loads, a plane is its part of
 a left operand of mma.m16n8k16: 16 rows, 16 columns. All 16 columns share a block, so codes are multiplied as they are,
@@ -17,8 +17,6 @@ rows and different columns, and their sums are added in a fixed order. So the re
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 from triton.experimental import gluon
@@ -27,6 +25,7 @@ from triton.experimental.gluon import language as gl
 from qwantize_vllm.matmul.gluon_fragments import scale_pairs
 from qwantize_vllm.matmul.gpu import Launch, launch_now
 from qwantize_vllm.matmul.swizzle import COLUMNS, SwizzledNvfp4
+from qwantize_vllm.matmul.tile_shapes import DecodeShape
 from qwantize_vllm.matmul.triton_fragments import (
     TIMES_HIGH_BFLOAT16,
     TIMES_HIGH_FLOAT16,
@@ -35,17 +34,6 @@ from qwantize_vllm.matmul.triton_fragments import (
 )
 
 MOST_TOKENS = 16
-
-
-class DecodeShape(NamedTuple):
-    """A program's tile of the result: 16*parts rows by so many tokens (1, 2, 4, 8 or 16). Each of its warps takes so
-    many tiles of 64 columns at a time, and with `ahead` loads the next ones before it multiplies."""
-
-    tokens: int
-    parts: int
-    tiles: int
-    warps: int
-    ahead: bool
 
 
 def why_not_decode(x: torch.Tensor) -> str | None:
@@ -350,10 +338,9 @@ def _tile_scales(bytes_, TILE: gl.constexpr, dtype: gl.constexpr, BLOCK_SIZE: gl
 @gluon.jit
 def _scaled(word, pairs, PLANE: gl.constexpr, dtype: gl.constexpr):
     """Two codes of a plane times the scale of its block."""
-    if dtype == gl.bfloat16:
-        TIMES: gl.constexpr = TIMES_HIGH_BFLOAT16 if PLANE >= 2 else TIMES_LOW_BFLOAT16
-    else:
-        TIMES: gl.constexpr = TIMES_HIGH_FLOAT16 if PLANE >= 2 else TIMES_LOW_FLOAT16
+    LOW: gl.constexpr = TIMES_LOW_BFLOAT16 if dtype == gl.bfloat16 else TIMES_LOW_FLOAT16
+    HIGH: gl.constexpr = TIMES_HIGH_BFLOAT16 if dtype == gl.bfloat16 else TIMES_HIGH_FLOAT16
+    TIMES: gl.constexpr = HIGH if PLANE >= 2 else LOW
     code = _plane(word, PLANE, dtype)
     return gl.inline_asm_elementwise(TIMES, "=r,r,r", [code, pairs[PLANE % 2]], gl.uint32, True, 1)
 
@@ -456,12 +443,16 @@ def _decode_kernel(
 
 
 @gluon.jit
-def _join_halves(values):
-    COUNT: gl.constexpr = len(values) // 2
-    joined = ()
-    for each in gl.static_range(COUNT):
-        joined = joined + (gl.join(values[each], values[each + COUNT]),)
-    return joined
+def _join_all(values):
+    """Tensors, a power of two, as one, with a dimension of two for each bit of their number at its end."""
+    if len(values) == 1:
+        return values[0]
+    else:
+        COUNT: gl.constexpr = len(values) // 2
+        joined = ()
+        for each in gl.static_range(COUNT):
+            joined = joined + (gl.join(values[each], values[each + COUNT]),)
+        return _join_all(joined)
 
 
 @gluon.jit
@@ -483,11 +474,8 @@ def _finish(
     for each in gl.static_range(len(totals)):
         a, b, c, d = totals[each]
         values = values + (gl.join(gl.join(a, c), gl.join(b, d)),)
-    for _ in gl.static_range(3):
-        if len(values) > 1:
-            values = _join_halves(values)
     # warp, r, q; row of two, column of two; part, neighbour -> warp; part, row of two, r; neighbour, q, column of two
-    y = gl.permute(gl.reshape(values[0], (num_warps, 8, 4, 2, 2, PARTS, NEIGHBOURS)), (0, 5, 3, 1, 6, 2, 4))
+    y = gl.permute(gl.reshape(_join_all(values), (num_warps, 8, 4, 2, 2, PARTS, NEIGHBOURS)), (0, 5, 3, 1, 6, 2, 4))
     if TOKENS < 8:
         y = gl.sum(gl.reshape(y, (num_warps, 16 * PARTS, 8 // TOKENS, TOKENS)), 2)
     y = gl.sum(gl.reshape(y, (num_warps, 16 * PARTS, TOKENS)), 0)
@@ -495,10 +483,9 @@ def _finish(
     token = gl.arange(0, TOKENS, gl.SliceLayout(0, y.type.layout))
     there = row < n
     # What codes, scales and factors leave to be multiplied.
-    if TOKENS < 8:
-        RESCALE: gl.constexpr = 2.0**-12 if y_ptr.dtype.element_ty == gl.bfloat16 else 2.0**4
-    else:
-        RESCALE: gl.constexpr = 2.0**8 if y_ptr.dtype.element_ty == gl.bfloat16 else 2.0**7
+    BFLOAT16: gl.constexpr = 2.0**-12 if TOKENS < 8 else 2.0**8
+    FLOAT16: gl.constexpr = 2.0**4 if TOKENS < 8 else 2.0**7
+    RESCALE: gl.constexpr = BFLOAT16 if y_ptr.dtype.element_ty == gl.bfloat16 else FLOAT16
     if global_scale.dtype.is_ptr():
         y *= (gl.load(global_scale + row, mask=there, other=0.0) * RESCALE)[:, None]
     else:

@@ -77,9 +77,8 @@ def scale_pairs(scales, dtype: gl.constexpr, BLOCK_SIZE: gl.constexpr):
 @gluon.jit
 def _times(values, pair, HIGH: gl.constexpr):
     """values (rows, 16 columns of a plane) by the lower or the upper one of two scales (rows,)."""
+    LOW: gl.constexpr = TIMES_LOW_BFLOAT16 if values.dtype == gl.bfloat16 else TIMES_LOW_FLOAT16
+    UPPER: gl.constexpr = TIMES_HIGH_BFLOAT16 if values.dtype == gl.bfloat16 else TIMES_HIGH_FLOAT16
+    TIMES: gl.constexpr = UPPER if HIGH else LOW
     values, pair = gl.broadcast(values, gl.expand_dims(pair, 1))
-    if values.dtype == gl.bfloat16:
-        TIMES: gl.constexpr = TIMES_HIGH_BFLOAT16 if HIGH else TIMES_LOW_BFLOAT16
-    else:
-        TIMES: gl.constexpr = TIMES_HIGH_FLOAT16 if HIGH else TIMES_LOW_FLOAT16
     return gl.inline_asm_elementwise(TIMES, "=r,r,r,r", [values, pair], dtype=values.dtype, is_pure=True, pack=2)

@@ -21,10 +21,25 @@ class TileShape(NamedTuple):
     stages: int
 
 
+class DecodeShape(NamedTuple):
+    """Of the kernel of gluon_decode.py: a program's tile of the result, 16*parts rows of W by so many tokens (1, 2, 4,
+    8 or 16). Its warps share the columns of W; each takes so many tiles of 64 at a time, and with `ahead` loads the
+    next ones before it multiplies."""
+
+    tokens: int
+    parts: int
+    tiles: int
+    warps: int
+    ahead: bool = False
+
+
 class Wgmma(enum.Enum):
     """In place of a shape: the kernel of gluon_wgmma.py, whose shape wgmma_shapes.py chooses."""
 
     KERNEL = "wgmma"
+
+
+Shape = TileShape | DecodeShape | Wgmma
 
 
 class Rule(NamedTuple):
@@ -33,14 +48,22 @@ class Rule(NamedTuple):
     tokens: int
     groups: int
     tiles: int
-    shape: TileShape | Wgmma
+    shape: Shape
 
 
 _ANY = 2**31
 # By the major version of the compute capability, the first rule that fits. Measured on an H200; beyond the last one the
-# weight is dequantized for a dense product. Where the kernel for wgmma cannot run, the rules without it hold.
+# weight is dequantized for a dense product. Where a kernel in Gluon cannot run, the rules without them hold.
 RULES = {
     9: (
+        Rule(1, 256, 0, DecodeShape(1, 2, 4, 4)),
+        Rule(1, 0, 0, DecodeShape(1, 1, 4, 16)),
+        Rule(2, 256, 0, DecodeShape(2, 2, 4, 4)),
+        Rule(2, 0, 0, DecodeShape(2, 1, 4, 16)),
+        Rule(4, 256, 0, DecodeShape(4, 2, 4, 4)),
+        Rule(4, 0, 0, DecodeShape(4, 1, 4, 16)),
+        Rule(8, 256, 0, DecodeShape(8, 4, 2, 4)),
+        Rule(8, 0, 0, DecodeShape(8, 1, 4, 16)),
         Rule(8, 0, 0, TileShape(8, 1, 4, 4, 3)),
         Rule(16, 0, 0, TileShape(16, 1, 4, 4, 3)),
         Rule(32, 256, 0, TileShape(32, 2, 2, 4, 3)),
@@ -67,22 +90,20 @@ ELSEWHERE = (
 ANY_TOKENS = TileShape(64, 1, 1, 4, 3)
 
 
-def choose_shape(
-    major: int | None, tokens: int, groups: int, tiles: int, wgmma: bool = False
-) -> TileShape | Wgmma | None:
+def choose_shape(major: int | None, tokens: int, groups: int, tiles: int, gluon: bool = False) -> Shape | None:
     """The shape for x of so many tokens and a weight of so many groups and tiles; None where a dense product is faster.
 
-    major: of an NVIDIA GPU's compute capability; None for anything else. wgmma: whether that kernel can run.
+    major: of an NVIDIA GPU's compute capability; None for anything else. gluon: whether kernels in Gluon can run.
     """
     for rule in ELSEWHERE if major is None else RULES.get(major, ELSEWHERE):
         fits = tokens <= rule.tokens and groups >= rule.groups and tiles >= rule.tiles
-        if fits and (wgmma or isinstance(rule.shape, TileShape)):
+        if fits and (gluon or isinstance(rule.shape, TileShape)):
             return rule.shape
     return None
 
 
-def shapes_for(major: int | None, groups: int, tiles: int) -> list[TileShape | Wgmma]:
+def shapes_for(major: int | None, groups: int, tiles: int) -> list[Shape]:
     """What `choose_shape` answers for a weight of so many groups and tiles, over all numbers of tokens."""
     tokens = (rule.tokens for rule in (ELSEWHERE if major is None else RULES.get(major, ELSEWHERE)))
-    shapes = (choose_shape(major, limit, groups, tiles, wgmma=True) for limit in tokens)
+    shapes = (choose_shape(major, limit, groups, tiles, gluon=True) for limit in tokens)
     return list(dict.fromkeys(shape for shape in shapes if shape is not None))

@@ -50,8 +50,8 @@ and.b32 d, d, 0x0E000E00;
 lop3.b32 $3, c, 0x80008000, d, 0xEA;
 }
 """)
-# Two bytes of scales, 16 bits apart, to two bfloat16 of exponents e - 9 + 118, or two float16 of e - 9 + 7. Triton would
-# make a shift and an addition of a multiplication and an addition, which are one instruction.
+# Two bytes of scales, 16 bits apart, to two bfloat16 of exponents e - 9 + 118, or two float16 of e - 9 + 7. One
+# instruction, of which Triton would make a shift and an addition.
 PAIR_BFLOAT16 = tl.constexpr("mad.lo.u32 $0, $1, 16, 0x76007600;")
 PAIR_FLOAT16 = tl.constexpr("mad.lo.u32 $0, $1, 128, 0x34003400;")
 # Two values times the lower or the upper one of two scales. On Ampere that is a product plus -0: it has no bfloat16

@@ -14,7 +14,7 @@ from qwantize_vllm import matmul_nvfp4, quantize_nvfp4
 from qwantize_vllm.matmul import backends
 from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma, why_not_wgmma
 from qwantize_vllm.matmul.swizzle import swizzle
-from qwantize_vllm.matmul.tile_shapes import TileShape, Wgmma, choose_shape
+from qwantize_vllm.matmul.tile_shapes import DecodeShape, TileShape, Wgmma, choose_shape
 from qwantize_vllm.matmul.wgmma_shapes import STEPS, choose_wgmma_shape, estimate, rounds
 from tests.matmul.test_matmul import TOLERANCE, exact_product, relative_error
 from tests.matmul.test_swizzled_matmul import make
@@ -135,12 +135,12 @@ def test_the_shape_is_the_one_that_measured_best():
 
 
 def test_without_wgmma_another_kernel_serves_as_many_tokens():
-    assert choose_shape(9, 300, 448, 64, wgmma=True) is Wgmma.KERNEL
-    assert choose_shape(9, 300, 448, 64, wgmma=False) is None
-    assert choose_shape(9, 128, 448, 64, wgmma=True) is Wgmma.KERNEL
-    assert isinstance(choose_shape(9, 128, 448, 64, wgmma=False), TileShape)
-    assert isinstance(choose_shape(9, 16, 448, 64, wgmma=True), TileShape)
-    assert choose_shape(8, 300, 448, 64, wgmma=True) is None
+    assert choose_shape(9, 300, 448, 64, gluon=True) is Wgmma.KERNEL
+    assert choose_shape(9, 300, 448, 64, gluon=False) is None
+    assert choose_shape(9, 128, 448, 64, gluon=True) is Wgmma.KERNEL
+    assert isinstance(choose_shape(9, 128, 448, 64, gluon=False), TileShape)
+    assert isinstance(choose_shape(9, 16, 448, 64, gluon=True), TileShape | DecodeShape)
+    assert choose_shape(8, 300, 448, 64, gluon=True) is None
 
 
 RUNNING = "/*0000*/ HGMMA.64x64x16.F32.BF16 R24, R88, gdesc[UR4], R24, gsb0 ;\n"
