@@ -4,15 +4,16 @@
     .venv/bin/python scripts/tune_matmul.py
 
 RULES in qwantize_vllm/matmul/tile_shapes.py maps the major version of the compute capability to shapes of the Triton
-kernel, to those of the kernel for few tokens, marked "decode", or to that for wgmma. The first table says which ones the rules should lead to; "dequantized" is what serves
-where no rule fits. The second one has the constants of qwantize_vllm/matmul/wgmma_shapes.py. Nothing is tuned while
-serving.
+kernel, to those of the kernel for few tokens ("decode"), or to that for wgmma. The first table says which ones the
+rules should lead to; "dequantized" is what serves where no rule fits. The second one has the constants of
+qwantize_vllm/matmul/wgmma_shapes.py. Nothing is tuned while serving.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -127,9 +128,9 @@ def time_shape(x: torch.Tensor, weights: list[SwizzledNvfp4], shape: TileShape |
 
     if isinstance(shape, DecodeShape) and torch.cuda.get_device_capability()[0] != 9:
         return None
-    multiply = functools.partial(matmul_decode if isinstance(shape, DecodeShape) else matmul_swizzled, shape=shape)
+    multiply: Callable[..., torch.Tensor] = matmul_decode if isinstance(shape, DecodeShape) else matmul_swizzled
     try:
-        calls = [functools.partial(multiply, x, weight, None) for weight in weights]
+        calls = [functools.partial(multiply, x, weight, None, shape) for weight in weights]
         return 1e6 * time_call(calls, x.device).seconds
     except OutOfResources:
         return None
