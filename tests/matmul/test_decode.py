@@ -1,9 +1,13 @@
-"""The kernel in Gluon for few tokens, which no interpreter runs: what surrounds it anywhere, the kernel on a GPU."""
+"""The kernel in Gluon for few tokens, which Triton does not interpret: on a GPU, and its PTX on a CPU."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +94,18 @@ def test_x_that_is_not_read_in_pairs_goes_elsewhere_and_is_told(caplog):
         y = matmul_nvfp4(odd, swizzle(q))
     assert "multiples of 4 bytes" in caplog.text
     assert relative_error(y, exact_product(x, q, None)) < TOLERANCE[torch.bfloat16]
+
+
+def test_the_compiled_kernel_on_a_cpu(tmp_path):
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-m", "tests.emulate_decode"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = {line: float(line.split()[-1]) for line in done.stdout.splitlines()}
+    assert len(errors) > 10
+    for line, error in errors.items():
+        assert error < TOLERANCE[torch.bfloat16 if "bfloat16" in line else torch.float16], line
 
 
 def test_why_not():

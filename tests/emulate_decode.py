@@ -1,0 +1,95 @@
+"""Multiply with the kernel for few tokens, compiled for Hopper, on a CPU: the errors against float64.
+
+    python -m tests.emulate_decode
+
+A program of its own because TRITON_INTERPRET, which the tests set, must be unset when triton is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from qwantize_vllm import quantize_nvfp4
+from qwantize_vllm.matmul.gluon_decode import matmul_decode, why_not_decode
+from qwantize_vllm.matmul.swizzle import swizzle
+from qwantize_vllm.matmul.tile_shapes import DecodeShape
+from tests.matmul.test_matmul import exact_product, relative_error
+from tests.ptx import Program
+
+BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
+POINTERS = {BFLOAT16: "*bf16", FLOAT16: "*fp16", torch.int16: "*i16", torch.int32: "*i32", torch.float32: "*fp32"}
+# Shape, tokens, N, K, dtype, block size.
+CASES = [
+    ((1, 2, 4, 2), 1, 64, 512, BFLOAT16, 16),
+    ((1, 1, 4, 4, True), 1, 70, 544, FLOAT16, 32),
+    ((1, 4, 2, 4), 1, 130, 2080, BFLOAT16, 16),
+    ((2, 2, 4, 2), 2, 64, 512, BFLOAT16, 16),
+    ((2, 4, 4, 1), 1, 9, 32, FLOAT16, 32),
+    ((4, 2, 4, 2, True), 4, 40, 784, FLOAT16, 16),
+    ((4, 1, 4, 4), 3, 33, 1056, BFLOAT16, 32),
+    ((8, 2, 4, 2), 8, 64, 512, FLOAT16, 16),
+    ((8, 4, 2, 4), 7, 130, 1216, BFLOAT16, 32),
+    ((16, 2, 2, 2), 16, 64, 512, BFLOAT16, 16),
+    ((16, 4, 1, 4), 11, 100, 1056, FLOAT16, 32),
+]
+
+
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """What a launcher ends with, without a GPU."""
+    named = dict(zip(kernel.arg_names, arguments, strict=False))
+    constants |= {name: value for name, value in named.items() if value is None}
+    kinds = {name: POINTERS[value.dtype] for name, value in named.items() if isinstance(value, torch.Tensor)}
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
+    compiled = triton.compile(
+        GluonASTSource(
+            fn=kernel,
+            signature=signature,
+            constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        ),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": constants["num_warps"]},
+    )
+    memory, parameters, places = bytearray(4096), [], {}
+    for name, value in named.items():
+        if name in constants:
+            continue
+        if isinstance(value, torch.Tensor):
+            places[name] = len(memory)
+            parameters.append(len(memory) + value.storage_offset() * value.itemsize)
+            memory += bytes(value.untyped_storage())
+            memory += bytes(-len(memory) % 256 + 256)
+        else:
+            parameters.append(value)
+    program = Program(compiled.asm["ptx"], 32 * constants["num_warps"], np.frombuffer(memory, np.uint8))
+    for place in itertools.product(*(range(size) for size in (*grid, 1, 1)[:3])):
+        program.run(parameters, place)
+    y = named["y_ptr"]
+    result = torch.from_numpy(program.memory[places["y_ptr"] :][: y.nbytes].copy())
+    y.view(-1).view(torch.uint8).copy_(result)
+
+
+def main() -> None:
+    for number, (shape, m, n, k, dtype, block_size) in enumerate(CASES):
+        torch.manual_seed(number)
+        q = quantize_nvfp4(0.03 * torch.randn(n, k), block_size=block_size)
+        # Rows of x that do not follow each other, scales of the rows' own, and a bias: each in some of the cases.
+        x = torch.randn(m, k + 6).to(dtype)[:, 4 : 4 + k] if number % 3 == 1 else torch.randn(m, k).to(dtype)
+        factor = torch.linspace(0.5, 2, n) if number % 2 else torch.ones(())
+        bias = torch.randn(n).to(dtype) if number % 3 == 2 else None
+        weight = dataclasses.replace(swizzle(q), global_scale=q.global_scale * factor)
+        assert why_not_decode(x) is None
+        y = matmul_decode(x, weight, bias, DecodeShape(*shape), launch=run)
+        exact = exact_product(x, q, None) * factor.double() + (0 if bias is None else bias.double())
+        print(shape, m, n, k, dtype, block_size, f"error {relative_error(y, exact):.2e}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
