@@ -63,8 +63,7 @@ def decode_tile(buffer, tile: gl.constexpr, scales, dtype: gl.constexpr, BLOCK_S
 def scale_pairs(scales, dtype: gl.constexpr, BLOCK_SIZE: gl.constexpr):
     """As in triton_fragments.py: two int32 of two scales each, of planes 0 and 2, and of planes 1 and 3."""
     if BLOCK_SIZE == 32:
-        scales |= scales << 8
-        first = scales & 0x00FF00FF
+        first = (scales & 0xFF) | ((scales << 8) & 0x00FF0000)
         second = first
     else:
         first, second = scales & 0x00FF00FF, (scales >> 8) & 0x00FF00FF

@@ -56,14 +56,8 @@ _ANY = 2**31
 # weight is dequantized for a dense product. Where a kernel in Gluon cannot run, the rules without them hold.
 RULES = {
     9: (
-        Rule(1, 256, 0, DecodeShape(1, 2, 4, 4)),
-        Rule(1, 0, 0, DecodeShape(1, 1, 4, 16)),
-        Rule(2, 256, 0, DecodeShape(2, 2, 4, 4)),
-        Rule(2, 0, 0, DecodeShape(2, 1, 4, 16)),
-        Rule(4, 256, 0, DecodeShape(4, 2, 4, 4)),
-        Rule(4, 0, 0, DecodeShape(4, 1, 4, 16)),
-        Rule(8, 256, 0, DecodeShape(8, 4, 2, 4)),
-        Rule(8, 0, 0, DecodeShape(8, 1, 4, 16)),
+        Rule(1, 0, 0, DecodeShape(1, 1, 4, 8)),
+        Rule(2, 0, 0, DecodeShape(2, 1, 4, 8)),
         Rule(8, 0, 0, TileShape(8, 1, 4, 4, 3)),
         Rule(16, 0, 0, TileShape(16, 1, 4, 4, 3)),
         Rule(32, 256, 0, TileShape(32, 2, 2, 4, 3)),

@@ -105,8 +105,7 @@ def load_scales(scales_ptr, first, groups, tile, tiles, GROUPS: tl.constexpr, ST
 def scale_pairs(scales, dtype: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """Two int32 of two scales in dtype each: of planes 0 (lower half) and 2, and of planes 1 and 3."""
     if BLOCK_SIZE == 32:  # a byte is for planes 0 and 1, the next one for planes 2 and 3
-        scales |= scales << 8
-        first = scales & 0x00FF00FF
+        first = (scales & 0xFF) | ((scales << 8) & 0x00FF0000)
         second = first
     else:
         first, second = scales & 0x00FF00FF, (scales >> 8) & 0x00FF00FF
