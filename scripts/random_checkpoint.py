@@ -37,7 +37,7 @@ def llama_config(shape: str, layers: int | None = None) -> dict[str, Any]:
 def weights(config: dict[str, Any], seed: int = 0, device: str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
     """(name in a checkpoint, bf16 tensor) of a Llama, layer by layer."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(_DRAWN, generator=generator).bfloat16().to(device)
+    drawn = torch.randn(_DRAWN, generator=generator, device="cpu").bfloat16().to(device)
     start = 0
     for name, shape in _shapes(config):
         if len(shape) == 1:
