@@ -34,9 +34,7 @@ def plain_tensors(model: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def _experts(layer: torch.nn.Module, weight: str, form: GroupedForm) -> Nvfp4Tensor:
-    words, scales, global_scales = (
-        getattr(layer, f"{weight}_{part}") for part in ("weight", "weight_scale", "weight_global_scale")
-    )
+    words, scales, global_scales = form.parts(layer, weight)
     down = weight == "w2"
     shape = (form.out, form.intermediate) if down else (2 * form.intermediate, form.out)
     each = [_plain(words[i], scales[i], global_scales[i, 0], shape, form.block_size) for i in range(len(words))]

@@ -130,3 +130,34 @@ def test_two_gpus_hold_the_experts_of_one(tmp_path: Path, size: str, expert_para
     for mixture in mixture_layers(config):
         assert_ranks_hold_experts(mixture, tensors_of(one), ranks, expert_parallel)
     assert_close(f"experts of {size}, {'expert' if expert_parallel else 'tensor'} parallel", one, two)
+
+
+def test_experts_are_moved_between_gpus_as_they_are(tmp_path: Path) -> None:
+    """Load balancing, with two experts held twice: while requests are answered vLLM moves codes and scales about."""
+    checkpoint = write_moe(tmp_path / "checkpoint", QWEN3)
+    balancing = {"window_size": 8, "step_interval": 16, "num_redundant_experts": 2, "use_async": False}
+    one = start(checkpoint, tmp_path / "one", ask)
+    two = start(
+        checkpoint,
+        tmp_path / "two",
+        functools.partial(ask, sequences=sequences_of(one)),
+        tensor_parallel_size=2,
+        enable_expert_parallel=True,
+        enable_eplb=True,
+        eplb_config=balancing,
+    )
+    assert two.lines("earranged experts") or two.lines("Rearranging experts"), two.log[-3000:]
+    for mixture in mixture_layers(QWEN3):
+        at = f"{mixture}.experts.routed_experts"
+        whole = experts_in(tensors_of(one), at)
+        held = [experts_in(tensors_of(two, rank), at) for rank in range(2)]
+        assert [len(each) for each in held] == [3, 3]  # of 4 and 2 more
+        assert {*held[0], *held[1]} == set(whole)
+    assert_close("experts, balanced", one, two)
+
+
+def experts_in(tensors: dict[str, torch.Tensor], at: str) -> list[bytes]:
+    """All that is held of each expert of a layer."""
+    names = [f"{at}.{weight}_weight{part}" for weight in ("w13", "w2") for part in ("", "_scale", "_global_scale")]
+    bytes_ = [tensors[name].reshape(len(tensors[name]), -1).view(torch.uint8) for name in names]
+    return [b"".join(each[i].numpy().tobytes() for each in bytes_) for i in range(len(bytes_[0]))]
