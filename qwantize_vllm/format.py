@@ -121,13 +121,15 @@ def default_global_scale(amax: torch.Tensor) -> torch.Tensor:
     scale = (amax.double() / (E2M1_MAX * E4M3_MAX)).clamp_min_(torch.finfo(torch.float32).tiny).float()
     # Bits 8 to 30 are the exponent and 16 significant bits, the first of which is not stored: bit 8 becomes 1.
     bits = ((scale.view(torch.int32) + 0xFF) & ~0x1FF) | 0x100
-    steps = _steps_to_reciprocal(amax.device)[(bits >> 9) & 0x3FFF]
-    return (bits + 0x200 * steps).view(torch.float32).masked_fill(amax == 0, 1.0)
+    # To the device each time: a tensor kept there would be lost with the memory of an engine that sleeps.
+    steps = _steps_to_reciprocal().to(amax.device)[(bits >> 9) & 0x3FFF]
+    return (bits + 0x200 * steps.int()).view(torch.float32).masked_fill(amax == 0, 1.0)
 
 
 @functools.cache
-def _steps_to_reciprocal(device: torch.device) -> torch.Tensor:
-    """(2**14,) int32: from each odd number of 16 bits, how many such numbers on is one that survives its reciprocal."""
+def _steps_to_reciprocal() -> torch.Tensor:
+    """(2**14,) uint8 on the CPU: from each odd number of 16 bits, how many such numbers on is one that survives its
+    reciprocal."""
     significands = (torch.arange(2**14, dtype=torch.int32, device="cpu") << 9) + 0x3F800100
     numbers = significands.view(torch.float32)
     survives = (reciprocal(reciprocal(numbers)) == numbers).tolist()
@@ -135,7 +137,7 @@ def _steps_to_reciprocal(device: torch.device) -> torch.Tensor:
     for i in reversed(range(-len(survives), len(survives))):  # twice: the end of one binade goes on in the next
         step = 0 if survives[i] else step + 1
         steps[i] = step
-    return torch.tensor(steps, dtype=torch.int32, device=device)
+    return torch.tensor(steps, dtype=torch.uint8, device="cpu")
 
 
 def reciprocal(scale: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from qwantize_vllm.plugin.linear import QwantizeLinearMethod
 from qwantize_vllm.plugin.measured_experts import MeasuredExperts, measures_experts
 from qwantize_vllm.plugin.moe import QwantizeMoEMethod, expert_members, why_not_experts
 from qwantize_vllm.plugin.packed import PackedConfig, packed_of
+from qwantize_vllm.plugin.reloading import refuse_sparse_updates
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.towers import is_of_tower
 from qwantize_vllm.plugin.trust import PATHS, with_trusted_paths
@@ -89,6 +90,7 @@ class QwantizeConfig(QwantizeBaseConfig):
         """The settings of all sources; the first access must be while vLLM builds the model."""
         if self._resolved is None:
             config = get_current_vllm_config()
+            refuse_sparse_updates(config)
             additional = config.additional_config
             extra = additional.get(METHOD, {}) if isinstance(additional, dict) else {}
             own = with_trusted_paths(self._given, config) if self._source == _CHECKPOINT else self._given

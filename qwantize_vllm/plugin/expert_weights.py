@@ -98,7 +98,8 @@ class PlainExpertForm:
 
 
 class GroupedForm:
-    """The same names, holding words, scales and global scales of SwizzledExperts."""
+    """The same names, holding words, scales and global scales of SwizzledExperts, the first two as int32: where vLLM
+    balances the load of experts (EPLB) NCCL sends them from rank to rank, and it does not send int16."""
 
     def __init__(self, experts: QuantizedExperts) -> None:
         _, _, self.out, self.intermediate = experts.w2.shape
@@ -109,18 +110,30 @@ class GroupedForm:
             name: swizzle_experts(*tensors, self.block_size, gated=name == "w13")
             for name, tensors in experts.tensors().items()
         }
-        return _replace(layer, {name: (each.words, each.scales, each.global_scales) for name, each in swizzled.items()})
+        self._scale_dtype = swizzled["w2"].scales.dtype
+        return _replace(
+            layer,
+            {
+                name: (each.words.view(torch.int32), each.scales.view(torch.int32), each.global_scales)
+                for name, each in swizzled.items()
+            },
+        )
 
     def apply(
         self, layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
         ids, activation = local_ids(layer, topk_ids), layer.activation.value
-        w13, w2 = _parts(layer, "w13"), _parts(layer, "w2")
+        w13, w2 = self.parts(layer, "w13"), self.parts(layer, "w2")
         x = x if x.stride(-1) == 1 else x.contiguous()
         backend = "batch_invariant" if envs.VLLM_BATCH_INVARIANT else "auto"
         return experts_swizzled_op(
             x, w13, w2, topk_weights, ids, activation, self.intermediate, self.out, self.block_size, backend
         )
+
+    def parts(self, layer: RoutedExperts, name: str) -> list[torch.Tensor]:
+        """Words, scales and global scales of w13 or w2, as SwizzledExperts has them."""
+        words, scales, global_scales = _parts(layer, name)
+        return [words.view(torch.int16), scales.view(self._scale_dtype), global_scales]
 
 
 class MarlinForm:

@@ -12,13 +12,14 @@ import torch
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from qwantize_vllm import __version__
 from qwantize_vllm.checkpoint.cache import LayerCache
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.hessian import HessianFile
+from qwantize_vllm.plugin.reloading import check_arrived, old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.versions import PROCESSED
 from qwantize_vllm.plugin.weights import Form, QuantizedLayer, choose_form
@@ -92,6 +93,7 @@ class QwantizeLinearMethod(LinearMethodBase):
         self.report.expect(self.name)
         initialize_online_processing(layer)
 
+    @old_weights_on_error()
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Replace the dense weight by codes and scales.
 
@@ -102,7 +104,7 @@ class QwantizeLinearMethod(LinearMethodBase):
             return
         began = time.perf_counter()
         weight = layer.weight.data
-        self._check_complete(layer, weight)
+        check_arrived(layer, self.name, weight.numel(), ", ".join(self.members))
         parts = self.quantized_parts(layer, weight)
         signal, noise = (float(sum(each)) for each in zip(*(signal_and_noise(*part) for part in parts), strict=True))
         quantized = QuantizedLayer.of([q for _, q in parts], weight.dtype)
@@ -125,15 +127,6 @@ class QwantizeLinearMethod(LinearMethodBase):
             raise ValueError(
                 f"qwantize: {self.name} is on {layer.tp_size} ranks; refine: gptq compensates errors across a whole "
                 "layer, which must be on one: start with --tensor-parallel-size 1, or set refine: codes"
-            )
-
-    def _check_complete(self, layer: LinearBase, weight: torch.Tensor) -> None:
-        """A checkpoint, or an update from a trainer, may have some members of a fused layer and lack others."""
-        given = get_layerwise_info(layer).load_numel
-        if 0 < given < weight.numel():
-            raise ValueError(
-                f"qwantize: {self.name}: {given} of {weight.numel()} elements of its weight were given; "
-                f"give all of {', '.join(self.members)} (on this rank)"
             )
 
     def _leave(self, layer: LinearBase, reason: str) -> None:

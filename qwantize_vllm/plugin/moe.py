@@ -18,6 +18,7 @@ from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.matmul.experts import ACTIVATIONS
 from qwantize_vllm.plugin.expert_weights import ExpertForm, QuantizedExperts, choose_expert_form
 from qwantize_vllm.plugin.linear import _open_hessians, largest_over_ranks
+from qwantize_vllm.plugin.reloading import check_arrived, old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.search.quality import signal_and_noise
 from qwantize_vllm.search.quantize import describe_nonfinite, matrix_amax, resolve_global_scale, search_nvfp4
@@ -47,7 +48,8 @@ def why_not_experts(moe: FusedMoEConfig, settings: QwantizeSettings) -> str | No
 def expert_members(layer: RoutedExperts, prefix: str) -> list[str]:
     """Names of the checkpoint's layers that all experts of a layer are made of."""
     names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
-    return [f"{prefix}.{expert}.{name}" for expert in range(layer.global_num_experts) for name in names if name]
+    experts = layer.moe_config.num_logical_experts
+    return [f"{prefix}.{expert}.{name}" for expert in range(experts) for name in names if name]
 
 
 class QwantizeMoEMethod(FusedMoEMethodBase):
@@ -59,6 +61,7 @@ class QwantizeMoEMethod(FusedMoEMethodBase):
     """
 
     uses_meta_device = True
+    supports_eplb = True  # all that a form keeps begins with the dimension of the experts
 
     def __init__(self, settings: QwantizeSettings, name: str, report: LoadReport, moe: FusedMoEConfig) -> None:
         super().__init__(moe)
@@ -92,16 +95,20 @@ class QwantizeMoEMethod(FusedMoEMethodBase):
         self.report.expect(self.name)
         initialize_online_processing(layer)
 
+    @old_weights_on_error()
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Replace the dense weights by codes and scales.
 
         Raises:
-            ValueError: a weight holds NaN or infinities; names the layer and counts them.
+            ValueError: a weight holds NaN or infinities, or a part is missing; names the layer and counts.
         """
         if getattr(layer, _DONE, False):
             return
         began = time.perf_counter()
         dense = {name: getattr(layer, f"{name}_weight").data for name in WEIGHTS}
+        check_arrived(
+            layer, self.name, sum(weight.numel() for weight in dense.values()), "gate, up and down of all experts"
+        )
         before, dtype = sum(weight.nbytes for weight in dense.values()), dense["w2"].dtype
         quantized = {name: self.quantize(layer, name, weight) for name, weight in dense.items()}
         parts = [part for name in WEIGHTS for part in matrices_of(dense[name], quantized[name])]
@@ -226,11 +233,16 @@ def weighted_input(
 
 
 def local_experts(layer: RoutedExperts) -> list[int]:
-    """The numbers that this rank's experts have in the model, in the order in which it holds them."""
+    """The numbers that this rank's experts have in the model, in the order in which it holds them.
+
+    With load balancing some are there twice: vLLM numbers such copies on from the last expert, and makes them of the
+    first ones.
+    """
     if layer.expert_map is None:
         return list(range(layer.local_num_experts))
     places = layer.expert_map.tolist()
-    return sorted((expert for expert, place in enumerate(places) if place >= 0), key=places.__getitem__)
+    held = sorted((expert for expert, place in enumerate(places) if place >= 0), key=places.__getitem__)
+    return [expert % layer.moe_config.num_logical_experts for expert in held]
 
 
 def matrices_of(weight: torch.Tensor, q: Nvfp4Tensor) -> list[tuple[torch.Tensor, Nvfp4Tensor]]:

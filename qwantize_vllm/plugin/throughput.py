@@ -79,13 +79,13 @@ class Load:
 
 
 def measure(
-    shape: str, directory: Path, quantization: str | None, loads: list[Load], options: dict[str, Any]
+    config: dict[str, Any], directory: Path, quantization: str | None, loads: list[Load], options: dict[str, Any]
 ) -> list[float]:
     """Median seconds of three runs of each load, in an engine of its own process.
 
-    directory: receives the model's config. options: further arguments of `vllm.LLM`.
+    config: the model's. directory: receives it. options: further arguments of `vllm.LLM`.
     """
-    (directory / "config.json").write_text(json.dumps(SHAPES[shape]))
+    (directory / "config.json").write_text(json.dumps(config))
     return in_own_process(_measure, str(directory), quantization, loads, options)
 
 

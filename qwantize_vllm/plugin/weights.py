@@ -8,6 +8,7 @@ parameter, stays where it is.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Protocol
 
 import torch
@@ -73,11 +74,22 @@ class Form(Protocol):
 
 def choose_form(settings: QwantizeSettings, quantized: QuantizedLayer) -> Form:
     """The form that the setting `backend` asks for; for auto, the one that is multiplied fastest."""
+    _ask_for_amx()
     if settings.backend in ("vllm", *KERNELS):
         return VllmForm(settings.backend)
     if settings.backend == "auto" and quantized.codes.is_cuda and quantized.dtype in _SWIZZLED_DTYPES:
         return SwizzledForm(quantized)
     return PlainForm(quantized, settings.backend)
+
+
+@functools.cache
+def _ask_for_amx() -> bool:
+    """Linux lets a process use an Intel CPU's AMX once it has asked to; one that has not is killed by SIGILL.
+
+    vLLM's attention uses AMX and leaves it to PyTorch to ask, which does so at the first product of dense 16-bit
+    weights; before the first attention there is none where all layers are quantized.
+    """
+    return bool(getattr(torch.cpu, "_init_amx", lambda: False)())
 
 
 class PlainForm:

@@ -84,6 +84,15 @@ NAMES = {
 }
 
 
+def inner_size(config: Mapping[str, Any]) -> int:
+    """Rows of gate, and of up, of an expert."""
+    return config.get("moe_intermediate_size", config["intermediate_size"])
+
+
+def experts_of(config: Mapping[str, Any]) -> int:
+    return next(config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in config)
+
+
 def write_moe(path: Path, config: Mapping[str, Any], seed: int = 0) -> Path:
     """A random-weight checkpoint of one of the configs above, without a tokenizer."""
     path.mkdir(parents=True)
@@ -95,7 +104,8 @@ def write_moe(path: Path, config: Mapping[str, Any], seed: int = 0) -> Path:
 def mixture_layers(config: Mapping[str, Any]) -> list[str]:
     """Names of the layers' mixtures, as `model.layers.1.mlp`."""
     name, _ = NAMES[config["model_type"]]
-    return [f"model.layers.{i}.{name}" for i in range(config.get("first_k_dense_replace", 0), LAYERS)]
+    first, end = config.get("first_k_dense_replace", 0), config["num_hidden_layers"]
+    return [f"model.layers.{i}.{name}" for i in range(first, end)]
 
 
 def stacked(config: Mapping[str, Any], quantized: Mapping[str, Nvfp4Tensor], mixture: str) -> dict[str, Nvfp4Tensor]:
@@ -103,7 +113,7 @@ def stacked(config: Mapping[str, Any], quantized: Mapping[str, Nvfp4Tensor], mix
     up_and_down = ("w13", "w2") if config["model_type"] == "mixtral" else ("gate_up_proj", "down_proj")
     weights = {}
     for vllm_name, name in zip(("w13", "w2"), up_and_down, strict=True):
-        each = [quantized[f"{mixture}.experts.{expert}.{name}"] for expert in range(EXPERTS)]
+        each = [quantized[f"{mixture}.experts.{expert}.{name}"] for expert in range(experts_of(config))]
         scales = torch.stack([q.block_scales.view(torch.uint8) for q in each]).view(each[0].block_scales.dtype)
         global_scales = torch.stack([q.global_scale for q in each])
         weights[vllm_name] = Nvfp4Tensor(torch.stack([q.codes for q in each]), scales, global_scales)
@@ -116,14 +126,15 @@ def _random_weights(config: Mapping[str, Any], seed: int) -> dict[str, torch.Ten
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * scale / math.sqrt(shape[-1])).bfloat16()
 
+    hidden, experts, expert_size = config["hidden_size"], experts_of(config), inner_size(config)
     # Large embeddings and gates: the next token, and who computes it, depend visibly on the weights.
     tensors = {
-        "model.embed_tokens.weight": normal(config["vocab_size"], HIDDEN, scale=4.0),
-        "lm_head.weight": normal(config["vocab_size"], HIDDEN, scale=4.0),
-        "model.norm.weight": torch.ones(HIDDEN).bfloat16(),
+        "model.embed_tokens.weight": normal(config["vocab_size"], hidden, scale=4.0),
+        "lm_head.weight": normal(config["vocab_size"], hidden, scale=4.0),
+        "model.norm.weight": torch.ones(hidden).bfloat16(),
     }
     mixtures, (name, (gate, up, down)) = mixture_layers(config), NAMES[config["model_type"]]
-    for layer in range(LAYERS):
+    for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}"
         attention = _latent_attention(config) if config["model_type"] == "deepseek_v2" else _attention(config)
         tensors |= {f"{at}.self_attn.{key}.weight": normal(*shape) for key, shape in attention.items() if shape[1:]}
@@ -133,27 +144,28 @@ def _random_weights(config: Mapping[str, Any], seed: int) -> dict[str, torch.Ten
             if not shape[1:]
         }
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{at}.{norm}.weight"] = torch.ones(HIDDEN).bfloat16()
+            tensors[f"{at}.{norm}.weight"] = torch.ones(hidden).bfloat16()
         mixture = f"{at}.{name}"
-        blocks = {f"{mixture}.experts.{expert}": INNER for expert in range(EXPERTS)}
+        blocks = {f"{mixture}.experts.{expert}": expert_size for expert in range(experts)}
         if mixture in mixtures:
-            tensors[f"{mixture}.gate.weight"] = normal(EXPERTS, HIDDEN, scale=4.0)
+            tensors[f"{mixture}.gate.weight"] = normal(experts, hidden, scale=4.0)
             if "n_shared_experts" in config:
-                blocks[f"{mixture}.shared_experts"] = INNER * config["n_shared_experts"]
+                blocks[f"{mixture}.shared_experts"] = expert_size * config["n_shared_experts"]
         else:
             blocks = {mixture: config["intermediate_size"]}
         for block, inner in blocks.items():
-            tensors[f"{block}.{gate}.weight"] = normal(inner, HIDDEN)
-            tensors[f"{block}.{up}.weight"] = normal(inner, HIDDEN)
-            tensors[f"{block}.{down}.weight"] = normal(HIDDEN, inner)
+            tensors[f"{block}.{gate}.weight"] = normal(inner, hidden)
+            tensors[f"{block}.{up}.weight"] = normal(inner, hidden)
+            tensors[f"{block}.{down}.weight"] = normal(hidden, inner)
     return tensors
 
 
 def _attention(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    keys = config["num_key_value_heads"] * HEAD
-    shapes: dict[str, tuple[int, ...]] = {"q_proj": (HEADS * HEAD, HIDDEN), "k_proj": (keys, HIDDEN)}
-    shapes |= {"v_proj": (keys, HIDDEN), "o_proj": (HIDDEN, HEADS * HEAD)}
-    return shapes | ({"q_norm": (HEAD,), "k_norm": (HEAD,)} if config["model_type"] == "qwen3_moe" else {})
+    hidden, head = config["hidden_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    shapes: dict[str, tuple[int, ...]] = {"q_proj": (queries, hidden), "k_proj": (keys, hidden)}
+    shapes |= {"v_proj": (keys, hidden), "o_proj": (hidden, queries)}
+    return shapes | ({"q_norm": (head,), "k_norm": (head,)} if config["model_type"] == "qwen3_moe" else {})
 
 
 def _latent_attention(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

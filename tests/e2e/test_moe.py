@@ -97,6 +97,24 @@ def test_one_expert_that_is_ignored_keeps_all_of_its_layer(engines, tmp_path):
     assert_agree(ours, theirs, 1e-4)
 
 
+def assert_ranks_hold_experts(mixture, one, ranks, expert_parallel):
+    """What two ranks hold of all experts is what one rank alone does."""
+    at = f"{mixture}.experts.routed_experts"
+    for weight, part in itertools.product(("w13", "w2"), ("", "_scale", "_global_scale")):
+        name = f"{at}.{weight}_weight{part}"
+        whole, first, second = (held[name].view(torch.uint8) for held in (one, *ranks))
+        if expert_parallel:
+            assert torch.equal(torch.cat([first, second]), whole), name
+        elif part == "_global_scale":
+            assert torch.equal(first, whole), name
+            assert torch.equal(second, whole), name
+        elif weight == "w2":
+            assert torch.equal(torch.cat([first, second], dim=2), whole), name
+        else:
+            halves = [half for pair in zip(first.chunk(2, 1), second.chunk(2, 1), strict=True) for half in pair]
+            assert torch.equal(torch.cat(halves, dim=1), whole), name
+
+
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor parallel", "expert parallel"])
 def test_two_ranks_hold_the_codes_of_one(engines, tmp_path, expert_parallel):
@@ -105,21 +123,9 @@ def test_two_ranks_hold_the_codes_of_one(engines, tmp_path, expert_parallel):
     one = engines.start(checkpoint, **ARGUMENTS)
     use = functools.partial(probe, prompts=TINY_PROMPTS, sequences=sequences_of(one))
     two = engines.start(checkpoint, use, **ARGUMENTS, **TWO_RANKS, enable_expert_parallel=expert_parallel)
+    ranks = [tensors_of(two, rank) for rank in range(2)]
     for mixture in mixture_layers(MIXTRAL):
-        at = f"{mixture}.experts.routed_experts"
-        for weight, part in itertools.product(("w13", "w2"), ("", "_scale", "_global_scale")):
-            name = f"{at}.{weight}_weight{part}"
-            whole, first, second = (tensors_of(*rank)[name].view(torch.uint8) for rank in ((one,), (two, 0), (two, 1)))
-            if expert_parallel:
-                assert torch.equal(torch.cat([first, second]), whole), name
-            elif part == "_global_scale":
-                assert torch.equal(first, whole), name
-                assert torch.equal(second, whole), name
-            elif weight == "w2":
-                assert torch.equal(torch.cat([first, second], dim=2), whole), name
-            else:
-                halves = [half for pair in zip(first.chunk(2, 1), second.chunk(2, 1), strict=True) for half in pair]
-                assert torch.equal(torch.cat(halves, dim=1), whole), name
+        assert_ranks_hold_experts(mixture, tensors_of(one), ranks, expert_parallel)
     assert largest_difference(one.result["own_scores"], two.result["scores"]) <= 1e-4
 
 

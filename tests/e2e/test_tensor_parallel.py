@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,27 @@ app()
 """
 
 
-def join(layer: str, parts: list[torch.Tensor]) -> torch.Tensor:
+def join(layer: str, parts: list[torch.Tensor], members: Mapping[str, list[int]] = MEMBERS) -> torch.Tensor:
     """Codes or scales of all ranks, in the order of one rank."""
     name = layer.rpartition(".")[2]
     if name in ROW_PARALLEL:
         return torch.cat(parts, dim=1)
-    halves = [part.split([rows // len(parts) for rows in MEMBERS[name]]) for part in parts]
+    halves = [part.split([rows // len(parts) for rows in members[name]]) for part in parts]
     return torch.cat([half for member in zip(*halves, strict=True) for half in member])
+
+
+def assert_ranks_hold(
+    layer: str,
+    one: Mapping[str, torch.Tensor],
+    ranks: list[Mapping[str, torch.Tensor]],
+    members: Mapping[str, list[int]] = MEMBERS,
+) -> None:
+    """What all ranks hold of a layer is what one rank alone does."""
+    for name in ("weight", "weight_scale"):
+        joined = join(layer, [rank[f"{layer}.{name}"].view(torch.uint8) for rank in ranks], members)
+        assert torch.equal(joined, one[f"{layer}.{name}"].view(torch.uint8)), (layer, name)
+    for rank in ranks:
+        assert torch.equal(rank[f"{layer}.weight_global_scale"], one[f"{layer}.weight_global_scale"]), layer
 
 
 @pytest.mark.parametrize("search", [{"scale_search": "hessian"}, {"global_scale": "amax_per_member"}], ids=str)
@@ -64,12 +79,7 @@ def test_two_ranks_hold_the_codes_of_one(engines, tiny, tmp_path, search):
     ranks = [tensors_of(two, rank) for rank in range(2)]
     assert served_layers(one) == served_layers(two)
     for layer in served_layers(one):
-        whole = {name: tensors_of(one)[f"{layer}.{name}"] for name in ("weight", "weight_scale", "weight_global_scale")}
-        for name in ("weight", "weight_scale"):
-            joined = join(layer, [rank[f"{layer}.{name}"].view(torch.uint8) for rank in ranks])
-            assert torch.equal(joined, whole[name].view(torch.uint8)), (layer, name)
-        for rank in ranks:
-            assert torch.equal(rank[f"{layer}.weight_global_scale"], whole["weight_global_scale"]), layer
+        assert_ranks_hold(layer, tensors_of(one), ranks)
     assert largest_difference(one.result["own_scores"], two.result["scores"]) <= 1e-4
 
 

@@ -62,8 +62,12 @@ def test_what_cannot_be_quantized_says_why(changes, reason):
 
 
 def test_experts_of_this_rank_in_the_order_in_which_it_holds_them():
-    layer = types.SimpleNamespace(expert_map=torch.tensor([-1, 1, -1, 0]), local_num_experts=2)
+    moe = types.SimpleNamespace(num_logical_experts=4)
+    layer = types.SimpleNamespace(expert_map=torch.tensor([-1, 1, -1, 0]), local_num_experts=2, moe_config=moe)
     assert local_experts(layer) == [3, 1]
+    # Load balancing has a copy of expert 1 in place 5.
+    layer = types.SimpleNamespace(expert_map=torch.tensor([-1, -1, -1, 0, 1, 2]), local_num_experts=3, moe_config=moe)
+    assert local_experts(layer) == [3, 0, 1]
 
 
 def experts_layer(weights):

@@ -9,7 +9,14 @@ pytest.importorskip("vllm")
 pytest.importorskip("triton")
 
 from qwantize_vllm import QwantizeSettings, quantize_nvfp4
-from qwantize_vllm.plugin.weights import PlainForm, QuantizedLayer, SwizzledForm, VllmForm, choose_form
+from qwantize_vllm.plugin.weights import (
+    PlainForm,
+    QuantizedLayer,
+    SwizzledForm,
+    VllmForm,
+    _ask_for_amx,
+    choose_form,
+)
 from tests.matmul.test_matmul import TOLERANCE, relative_error
 from tests.numbers import make_weight
 
@@ -67,6 +74,16 @@ def test_a_reload_keeps_the_scratch_that_cuda_graphs_know(kernel_on):
 
 def test_a_cpu_gets_the_plain_form():
     assert isinstance(choose_form(QwantizeSettings(), quantize([70])), PlainForm)
+
+
+def test_amx_is_asked_for_before_the_attention_of_vllm_takes_it(monkeypatch):
+    """A short prompt to a quantized model meets no dense product on its way there, which would ask."""
+    asked = []
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(True), raising=False)
+    _ask_for_amx.cache_clear()
+    choose_form(QwantizeSettings(), quantize([70]))
+    assert asked == [True]
+    _ask_for_amx.cache_clear()
 
 
 @pytest.mark.gpu

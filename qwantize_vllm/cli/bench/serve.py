@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from qwantize_vllm.plugin.throughput import Load
 
 _METHODS = {"bf16": None, "qwantize": "qwantize"}
 
@@ -18,6 +21,10 @@ def bench_serve(
     shape: Annotated[
         str, typer.Option(help="Shape of the model, its weights random: llama-3-8b, qwen3-30b-a3b or tiny.")
     ] = "llama-3-8b",
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Fewer layers than the shape has: where bf16 needs more memory than is there."),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated for each request.")] = 256,
     prefill_tokens: Annotated[int, typer.Option(help="Prompt of the prefill measurement.")] = 4096,
     eager: Annotated[bool, typer.Option(help="Run without torch.compile and CUDA graphs.")] = False,
@@ -28,19 +35,41 @@ def bench_serve(
 
     if shape not in SHAPES:
         raise typer.BadParameter(f"--shape must be one of {list(SHAPES)}, got {shape!r}")
+    config = SHAPES[shape] if layers is None else SHAPES[shape] | {"num_hidden_layers": layers}
     loads = [Load(1, 16, new_tokens), Load(32, 16, new_tokens), Load(1, prefill_tokens, 1)]
     engine = {"max_model_len": max(16 + new_tokens, prefill_tokens + 1), "enforce_eager": eager}
-    with tempfile.TemporaryDirectory() as directory:
-        seconds = {name: measure(shape, Path(directory), method, loads, engine) for name, method in _METHODS.items()}
-    table = Table(title=f"{shape}, random weights, median of three runs")
+    seconds: dict[str, list[float]] = {}
+    console = Console()
+    for name, method in _METHODS.items():
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                seconds[name] = measure(config, Path(directory), method, loads, engine)
+            except Exception as error:  # of any engine; the other method's figures are worth having
+                console.print(f"{name} failed: {type(error).__name__}: {error}", markup=False)
+                continue
+        figures = (f"{label} {figure:.1f}" for label, figure in map(_figure, loads, seconds[name]))
+        console.print(f"{name}: {'; '.join(figures)}", soft_wrap=True)
+    title = f"{shape}, {config['num_hidden_layers']} layers, random weights, median of three runs"
+    console.print(_table(title, loads, seconds))
+    if out:
+        record = {"shape": shape, "layers": config["num_hidden_layers"], "seconds": seconds}
+        out.write_text(json.dumps(record | {"loads": [vars(load) for load in loads]}) + "\n")
+    if len(seconds) < len(_METHODS):
+        raise typer.Exit(1)
+
+
+def _table(title: str, loads: list[Load], seconds: dict[str, list[float]]) -> Table:
+    table = Table(title=title)
     for column in ("", *seconds):
         table.add_column(column, justify="right")
     for i, load in enumerate(loads):
-        tokens = load.requests * load.new_tokens
-        decode = load.new_tokens > 1
-        label = f"tokens/s, batch {load.requests}" if decode else f"ms, prefill of {load.prompt_tokens} tokens"
-        figures = [tokens / each[i] if decode else 1000 * each[i] for each in seconds.values()]
-        table.add_row(label, *(f"{figure:.1f}" for figure in figures))
-    Console().print(table)
-    if out:
-        out.write_text(json.dumps({"shape": shape, "loads": [vars(load) for load in loads], "seconds": seconds}) + "\n")
+        figures = [_figure(load, each[i]) for each in seconds.values()]
+        table.add_row(*dict.fromkeys(label for label, _ in figures), *(f"{figure:.1f}" for _, figure in figures))
+    return table
+
+
+def _figure(load: Load, seconds: float) -> tuple[str, float]:
+    """What a load is judged by, and how it did."""
+    if load.new_tokens > 1:
+        return f"tokens/s, batch {load.requests}", load.requests * load.new_tokens / seconds
+    return f"ms, prefill of {load.prompt_tokens} tokens", 1000 * seconds

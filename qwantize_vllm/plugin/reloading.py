@@ -1,0 +1,75 @@
+"""Updates of a running model that must not be taken: they are refused, and what they have not reached stays as it was.
+
+While weights arrive, vLLM has the layers that it waits for on the meta device, and puts their tensors back when all is
+done. What breaks off on the way would leave them there, and the parts that it brought would be taken for those of the
+next update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm.model_executor.model_loader.reload import layerwise
+
+
+def check_arrived(layer: torch.nn.Module, name: str, numel: int, members: str) -> None:
+    """See that every element of a layer's weights was given, once.
+
+    A checkpoint, or an update from a trainer, may have some members of a fused layer, or some experts, and lack others.
+    What came of an update that broke off elsewhere is still there when the next one comes: in the same order, it brings
+    some of it a second time before the layer is full.
+
+    Args:
+        numel: how many elements the weights have on this rank. members: what they are made of, for the message.
+
+    Raises:
+        ValueError: some are missing, or came twice.
+    """
+    info = layerwise.get_layerwise_info(layer)
+    if 0 < info.load_numel < numel:
+        raise ValueError(
+            f"qwantize: {name}: {info.load_numel} of {numel} elements of its weight were given; "
+            f"give all of {members} (on this rank)"
+        )
+    parts = Counter(
+        (parameter, *(given.arguments.get(key) for key in ("loaded_shard_id", "shard_id", "expert_id")))
+        for parameter, given in info.loaded_weights
+    )
+    if twice := [part for part, count in parts.items() if count > 1]:
+        which = ", ".join(" ".join(str(each) for each in part if each is not None) for part in twice)
+        raise ValueError(
+            f"qwantize: {name}: of its weights {which} was given more than once, by this update or by one before it "
+            "that broke off; give each once, again from the first"
+        )
+
+
+def refuse_sparse_updates(config: Any) -> None:
+    """See that an engine with vLLM's config is not to get single elements of its dense weights, which it has not kept.
+
+    Raises:
+        ValueError: it is.
+    """
+    transfer = getattr(config, "weight_transfer_config", None)
+    if transfer is not None and transfer.backend == "sparse_nccl":
+        raise ValueError(
+            "qwantize: weight_transfer_config has backend 'sparse_nccl', which changes single elements of dense "
+            "weights; quantized layers do not keep those: use a backend that sends whole weights, 'nccl' or 'ipc'"
+        )
+
+
+@contextlib.contextmanager
+def old_weights_on_error() -> Iterator[None]:
+    """What fails inside ends the update: the layers that it has not reached get their old weights back."""
+    try:
+        yield
+    except BaseException:
+        for layer, info in list(layerwise.LAYERWISE_INFO.items()):
+            if info.can_load() and info.kernel_tensors is not None:  # not at a start, where there are none
+                layerwise._place_kernel_tensors(layer, info)
+                info.reset()
+        layerwise.LOADING_LAYERS.clear()
+        raise

@@ -1,0 +1,211 @@
+#!/usr/bin/env python3
+"""Time from nothing to a ready engine, and GPU memory on the way: qwantize against plain bf16, from the same files.
+
+    .venv/bin/python scripts/load_time.py [--shape llama-3-8b] [--layers N] [--starts 3] [--folder DIR]
+
+Writes a checkpoint of random weights (16 GB for llama-3-8b; gone at the end, unless --keep), then starts one engine
+after the other, in turn with qwantize and without, each in a process of its own. The first start of either finds no
+compiled kernel; later ones find what the first has left. "ready" is the time that `vllm.LLM(...)` takes, without
+importing vLLM. Files are in the system's cache, as they have just been written: --evict has every start read them from
+the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from engine_log import log_to, tail
+from random_checkpoint import llama_config, write_checkpoint
+from rich.console import Console
+from rich.table import Table
+
+from qwantize_vllm.plugin.engine_process import engine, in_own_process
+
+METHODS = {"qwantize": "qwantize", "bf16": None}
+GIB = 2**30
+
+app = typer.Typer(add_completion=False)
+console = Console(width=140)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """One start; figures: of MeasuredWorker, and `ready`."""
+
+    method: str
+    number: int
+    figures: dict[str, Any]
+
+
+@app.command(help=__doc__)
+def main(
+    shape: Annotated[str, typer.Option(help="Shape of the model: llama-3-8b or tiny.")] = "llama-3-8b",
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the shape has.")] = None,
+    starts: Annotated[int, typer.Option(min=1, help="Starts with each method.")] = 3,
+    folder: Annotated[Path | None, typer.Option(help="Where to put everything; default: a temporary folder.")] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the checkpoint there, and use one that is there.")
+    ] = False,
+    evict: Annotated[bool, typer.Option("--evict", help="Have files read from the disk.")] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="Without torch.compile and CUDA graphs.")] = False,
+    utilization: Annotated[float, typer.Option(help="vLLM's gpu_memory_utilization.")] = 0.9,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON, after every start.")] = None,
+) -> None:
+    try:
+        config = llama_config(shape, layers)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    options = {"enforce_eager": eager, "gpu_memory_utilization": utilization, "max_model_len": 2048}
+    with _work_folder(folder) as work:
+        checkpoint = work / f"{shape}-{config['num_hidden_layers']}-layers"
+        _prepare(checkpoint, config)
+        done: list[Start] = []
+        failed = 0
+        for number in range(1, starts + 1):
+            for method in METHODS:
+                try:
+                    done.append(_start(method, number, checkpoint, work, options, evict))
+                except Exception as error:
+                    failed += 1
+                    console.print(f"FAILED: start {number} of {method}: {type(error).__name__}: {error}", markup=False)
+                    console.print(tail(_log_of(work, method, number)), markup=False)
+                    continue
+                _show_start(done[-1])
+                if out:
+                    out.write_text(json.dumps([dataclasses.asdict(each) for each in done], indent=1) + "\n")
+        _show(done)
+        if not keep:
+            shutil.rmtree(checkpoint)
+    sys.exit(1 if failed else 0)
+
+
+@contextlib.contextmanager
+def _work_folder(folder: Path | None) -> Iterator[Path]:
+    if folder is None:
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def _prepare(checkpoint: Path, config: dict[str, Any]) -> None:
+    if checkpoint.exists():
+        console.print(f"{checkpoint} is there")
+        return
+    began = time.perf_counter()
+    size = write_checkpoint(checkpoint, config)
+    console.print(f"{checkpoint}: {size / GIB:.2f} GiB written in {time.perf_counter() - began:.1f} s")
+
+
+def _start(method: str, number: int, checkpoint: Path, work: Path, options: dict[str, Any], evict: bool) -> Start:
+    if evict:
+        for file in checkpoint.iterdir():
+            _evict(file)
+    caches = work / f"caches-{method}"
+    if number == 1:
+        shutil.rmtree(caches, ignore_errors=True)
+    log = _log_of(work, method, number)
+    figures = in_own_process(_measure, str(checkpoint), METHODS[method], str(caches), str(log), options)
+    return Start(method, number, figures)
+
+
+def _evict(file: Path) -> None:
+    """Have the system forget what it has of a file in memory."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _measure(model: str, quantization: str | None, caches: str, log: str, options: dict[str, Any]) -> dict[str, Any]:
+    log_to(log)
+    os.environ |= {"VLLM_CACHE_ROOT": f"{caches}/vllm", "TRITON_CACHE_DIR": f"{caches}/triton"}
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{caches}/inductor"
+    import vllm  # noqa: F401
+
+    worker = {"worker_cls": "measured_worker.MeasuredWorker", "skip_tokenizer_init": True}
+    began = time.perf_counter()
+    with engine(model=model, quantization=quantization, **worker, **options) as llm:
+        ready = time.perf_counter() - began
+        (figures,) = llm.collective_rpc("figures")
+        return {"ready": ready, **figures}
+
+
+def _log_of(work: Path, method: str, number: int) -> Path:
+    return work / f"{method}-{number}.log"
+
+
+def _show_start(start: Start) -> None:
+    figures = start.figures
+    parts = [f"ready {figures['ready']:.1f} s", f"load {figures['load']:.1f}"]
+    if "quantize" in figures:
+        parts.append(f"of which quantize {figures['quantize']:.2f}")
+    parts += [f"{name} {figures[key]:.1f}" for key, name in _LATER.items() if key in figures]
+    if "peak_allocated" in figures:
+        over = figures["peak_allocated"] - figures["weights"]
+        parts.append(f"weights {figures['weights'] / GIB:.2f} GiB, peak of the load +{over / GIB:.2f} GiB")
+    console.print(f"{start.method}, start {start.number}: {', '.join(parts)}")
+
+
+_LATER = {"profile": "profile and compile", "warm_up": "warm-up and graphs"}
+
+
+def _show(done: list[Start]) -> None:
+    table = Table(title="seconds; later starts: median")
+    rows = {"ready": "ready", "load": "load the weights", "quantize": "of which quantize", **_LATER}
+    columns = {
+        f"{method}, {when}": [each.figures for each in done if each.method == method and (each.number == 1) is first]
+        for when, first in (("first", True), ("later", False))
+        for method in METHODS
+    }
+    for column in ("", *columns):
+        table.add_column(column, justify="right")
+    for key, label in rows.items():
+        medians = [_median([each[key] for each in figures if key in each]) for figures in columns.values()]
+        table.add_row(label, *("" if median is None else f"{median:.2f}" for median in medians))
+    console.print(table)
+    _show_ratios(columns)
+    _show_memory(done)
+
+
+def _show_ratios(columns: dict[str, list[dict[str, Any]]]) -> None:
+    for when in ("first", "later"):
+        ours, plain = (_median([each["ready"] for each in columns[f"{method}, {when}"]]) for method in METHODS)
+        if ours is not None and plain is not None:
+            console.print(f"time to ready, {when} starts: {ours / plain:.3f} times that of bf16")
+
+
+def _show_memory(done: list[Start]) -> None:
+    for method in METHODS:
+        figures = [each.figures for each in done if each.method == method and "peak_allocated" in each.figures]
+        if figures:
+            weights, peak, reserved = (
+                max(each[key] for each in figures) / GIB for key in ("weights", "peak_allocated", "peak_reserved")
+            )
+            console.print(
+                f"{method}: weights {weights:.2f} GiB; while loading, PyTorch had allocated up to {peak:.2f} GiB "
+                f"(+{peak - weights:.2f}) and reserved up to {reserved:.2f} GiB (+{reserved - weights:.2f})"
+            )
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+if __name__ == "__main__":
+    app()
