@@ -118,7 +118,7 @@ def test_an_expert_that_was_never_reached_is_searched_by_optimal(tmp_path):
 
     method = QwantizeMoEMethod(QwantizeSettings(**settings), "mlp.experts", LoadReport(QwantizeSettings()), moe)
     method._find_hessians(layer, 64)
-    q = method.quantize(layer, "w13", weight)
+    q = method.quantize("w13", weight, [0, 1])
     for expert, expected in enumerate(
         (quantize_nvfp4(weight[0], "hessian", hessian=hessian), quantize_nvfp4(weight[1], "optimal"))
     ):
@@ -138,17 +138,17 @@ def test_nan_is_refused_with_the_layers_name():
     with pytest.raises(
         ValueError, match=r"qwantize: mlp.experts: w13 of all experts: weight \(3, 64, 64\) holds 1 NaN and 0 infinite"
     ):
-        method.quantize(None, "w13", weight)
+        method.quantize("w13", weight, range(3))
 
 
 def test_gate_and_up_have_a_global_scale_each_where_asked_for():
     settings = QwantizeSettings(global_scale="amax_per_member")
     method = QwantizeMoEMethod(settings, "mlp.experts", LoadReport(settings), moe_config())
     weight = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
-    q = method.quantize(None, "w13", weight)
+    q = method.quantize("w13", weight, range(3))
     assert q.shape == (3, 2, 32, 64)
     for expert, member in ((0, 0), (2, 1)):
         alone = quantize_nvfp4(weight[expert].chunk(2)[member])
         assert torch.equal(q.codes[expert, member], alone.codes)
         assert torch.equal(q.global_scale[expert, member], alone.global_scale)
-    assert method.quantize(None, "w2", weight).shape == (3, 1, 64, 64)
+    assert method.quantize("w2", weight, range(3)).shape == (3, 1, 64, 64)
