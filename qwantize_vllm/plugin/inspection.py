@@ -196,6 +196,8 @@ class MetaModel:
 
     def name(self, path: str) -> str:
         """By which settings and Hessian files know a layer."""
+        if (layer := self.experts.get(path)) is not None:
+            return str(layer.layer_name)
         return str(getattr(self.layers[path], "prefix", "") or path)
 
     def reason(self, layer: torch.nn.Module) -> str | None:
