@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.matmul.experts import ACTIVATIONS
+from qwantize_vllm.plugin.cached import cached
 from qwantize_vllm.plugin.expert_weights import ExpertForm, QuantizedExperts, choose_expert_form
 from qwantize_vllm.plugin.linear import _open_hessians, largest_over_ranks
 from qwantize_vllm.plugin.report import LoadReport
@@ -105,6 +107,7 @@ class QwantizeMoEMethod(ExpertMethod):
         # Full Hessians of experts are not measured: where gptq is asked for, there are none.
         self.refine = "none" if settings.refine == "gptq" else settings.refine
         self._unreached: set[int] = set()
+        self._from_cache = True  # whether nothing was searched since a layer's weights have arrived
 
     def create_weights(
         self,
@@ -140,8 +143,10 @@ class QwantizeMoEMethod(ExpertMethod):
         began = time.perf_counter()
         dense = {name: getattr(layer, f"{name}_weight").data for name in WEIGHTS}
         before, dtype = sum(weight.nbytes for weight in dense.values()), dense["w2"].dtype
-        experts = local_experts(layer)
+        experts, self._from_cache = local_experts(layer), self.settings.cache_dir is not None
         quantized = {name: self.quantize(name, weight, experts) for name, weight in dense.items()}
+        if self._from_cache:
+            self.report.from_cache()
         parts = [part for name in WEIGHTS for part in matrices_of(dense[name], quantized[name])]
         energies = [signal_and_noise(*part) for part in parts]
         signal, noise = (float(sum(each)) for each in zip(*energies, strict=True))
@@ -166,14 +171,29 @@ class QwantizeMoEMethod(ExpertMethod):
         scales = resolve_global_scale(amax, "none" if self.settings.global_scale == "none" else "amax")
         step = max(1, _CHUNK_ELEMENTS // weight[0].numel())
         parts = [slice(start, start + step) for start in range(0, len(weight), step)]
-        return concatenate([self._search(name, matrices[part], scales[part], experts[part]) for part in parts])
+        return concatenate([self._quantize_some(name, matrices[part], scales[part], experts[part]) for part in parts])
 
-    def _search(self, name: str, matrices: torch.Tensor, scales: torch.Tensor, experts: Sequence[int]) -> Nvfp4Tensor:
-        """Some of the experts (e, members, N/members, K)."""
+    def _quantize_some(
+        self, name: str, matrices: torch.Tensor, scales: torch.Tensor, experts: Sequence[int]
+    ) -> Nvfp4Tensor:
+        """Some of the experts (e, members, N/members, K), from cache_dir where they are there."""
+        hessians = self._hessians(name, experts, matrices) if self.search == "hessian" else None
+        search = functools.partial(self._search, matrices, scales, hessians, experts)
+        directory, block_size = self.settings.cache_dir, self.settings.block_size
+        if directory is None:
+            return search()
+        how = [self.search, self.refine, [i for i, expert in enumerate(experts) if expert in self._unreached]]
+        given = [scales, hessians]
+        (q,), found = cached(directory, self.name, how, [matrices], given, block_size, lambda: [search()])
+        self._from_cache = self._from_cache and found
+        return q
+
+    def _search(
+        self, matrices: torch.Tensor, scales: torch.Tensor, hessians: torch.Tensor | None, experts: Sequence[int]
+    ) -> Nvfp4Tensor:
         block_size = self.settings.block_size
-        if self.search != "hessian":
+        if hessians is None:
             return search_nvfp4(matrices, self.search, block_size, scales)
-        hessians = self._hessians(name, experts, matrices.shape[-1]).to(matrices.device)
         q = search_nvfp4(matrices, "hessian", block_size, scales, hessians[:, None], refine=self.refine)
         if unreached := [i for i, expert in enumerate(experts) if expert in self._unreached]:
             other = search_nvfp4(matrices[unreached], "optimal", block_size, scales[unreached])
@@ -205,12 +225,12 @@ class QwantizeMoEMethod(ExpertMethod):
                 raise ValueError(f"{message}; calibrate on more text (strict: true)")
             logger.warning("%s; they are searched by optimal", message)
 
-    def _hessians(self, name: str, experts: Sequence[int], k: int) -> torch.Tensor:
+    def _hessians(self, name: str, experts: Sequence[int], matrices: torch.Tensor) -> torch.Tensor:
         """Block Hessians of some experts (e, K/block_size, block_size, block_size), those of this rank's K."""
-        blocks = k // self.settings.block_size
+        blocks = matrices.shape[-1] // self.settings.block_size
         start = self.moe.tp_rank * blocks if name == "w2" else 0
         names = [f"{self.name}.{expert}.{name}" for expert in experts]
-        return _hessian_file(self.settings).read_each(names, start, start + blocks)
+        return _hessian_file(self.settings).read_each(names, start, start + blocks).to(matrices.device)
 
 
 def add_dense_weights(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -85,8 +85,8 @@ class PackedConfig(QwantizeBaseConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Raises ValueError where the head is NVFP4, or experts are that are not served from codes; names them."""
         self._theirs.packed_modules_mapping = self.packed_modules_mapping
-        if isinstance(layer, Attention):
-            return self._theirs.get_quant_method(layer, prefix)  # scales of an FP8 KV cache
+        if isinstance(layer, (Attention, MLAAttention)) and self._has_cache_scales():
+            return self._theirs.get_quant_method(layer, prefix)
         is_layer = isinstance(layer, (LinearBase, RoutedExperts))
         if (is_layer or isinstance(layer, ParallelLMHead)) and self._is_packed(layer, prefix):
             return self._packed_method(layer, prefix)
@@ -104,6 +104,11 @@ class PackedConfig(QwantizeBaseConfig):
             f"qwantize: {prefix} ({type(layer).__name__}) is NVFP4 in this checkpoint, which qwantize cannot serve: "
             f"{reason}; leave --quantization out to have vLLM serve it"
         )
+
+    def _has_cache_scales(self) -> bool:
+        """Whether the checkpoint has scales of an FP8 KV cache, which are vLLM's to load."""
+        names = ("kv_cache_scheme", "kv_cache_quant_algo")  # of compressed-tensors, of ModelOpt
+        return any(getattr(self._theirs, name, None) for name in names)
 
     def _is_packed(self, layer: torch.nn.Module, prefix: str) -> bool:
         if isinstance(self._theirs, ModelOptNvFp4Config):

@@ -99,10 +99,11 @@ class PackedMoEMethod(ExpertMethod):
             expert_id: int,
             return_success: bool = False,
         ) -> bool | None:
-            check_dtype(f"{self.name}.{expert_id}", name, self.packed.layout, param, loaded_weight)
             here = loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
-            if here and param.device.type != "meta":  # where vLLM only counts what would be loaded
-                self._arrived.add((name, expert_id, shard_id))
+            if here:
+                check_dtype(f"{self.name}.{expert_id}", name, self.packed.layout, param, loaded_weight)
+                if param.device.type != "meta":  # where vLLM only counts what would be loaded
+                    self._arrived.add((name, expert_id, shard_id))
             return here if return_success else None
 
         return load
@@ -147,8 +148,18 @@ class PackedMoEMethod(ExpertMethod):
             factors = factors[:, :1].contiguous()
         for name in {*layout.names, *input_scales(self.packed)} - {"weight", "weight_scale", "weight_global_scale"}:
             delattr(layer, f"{weight}_{name}")
+            setattr(layer, f"{weight}_{name}", _Loaded())
         split = (factors.shape[1], -1)
         return Nvfp4Tensor(codes.unflatten(1, split), block_scales.unflatten(1, split), factors, self.packed.block_size)
+
+
+class _Loaded:
+    """In the place of a parameter that has been used up: other ranks' experts are offered to this one still."""
+
+    @staticmethod
+    def weight_loader(*args: Any, **kwargs: Any) -> bool:
+        """False: nothing was loaded."""
+        return False
 
 
 def _load_scalar(

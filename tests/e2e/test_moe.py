@@ -98,14 +98,8 @@ def test_one_expert_that_is_ignored_keeps_all_of_its_layer(engines, tmp_path):
     assert_agree(ours, theirs, 1e-4)
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
-@pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor parallel", "expert parallel"])
-def test_two_ranks_hold_the_codes_of_one(engines, tmp_path, expert_parallel):
-    """Of every expert its halves of gate and up, row by row, and of down, column by column; or half of the experts."""
-    checkpoint = write_moe(tmp_path / "checkpoint", MIXTRAL)
-    one = engines.start(checkpoint, **ARGUMENTS)
-    use = functools.partial(probe, prompts=TINY_PROMPTS, sequences=sequences_of(one))
-    two = engines.start(checkpoint, use, **ARGUMENTS, **TWO_RANKS, enable_expert_parallel=expert_parallel)
+def assert_share_out(one, two, expert_parallel):
+    """Two ranks hold, of the mixtures of MIXTRAL, together what one holds."""
     for mixture in mixture_layers(MIXTRAL):
         at = f"{mixture}.experts.routed_experts"
         for weight, part in itertools.product(("w13", "w2"), ("", "_scale", "_global_scale")):
@@ -121,16 +115,18 @@ def test_two_ranks_hold_the_codes_of_one(engines, tmp_path, expert_parallel):
             else:
                 halves = [half for pair in zip(first.chunk(2, 1), second.chunk(2, 1), strict=True) for half in pair]
                 assert torch.equal(torch.cat(halves, dim=1), whole), name
-    assert largest_difference(one.result["own_scores"], two.result["scores"]) <= 1e-4
 
 
-def test_export_of_experts_is_refused(tmp_path):
-    from qwantize_vllm.plugin.exporting import export_model
-
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+@pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor parallel", "expert parallel"])
+def test_two_ranks_hold_the_codes_of_one(engines, tmp_path, expert_parallel):
+    """Of every expert its halves of gate and up, row by row, and of down, column by column; or half of the experts."""
     checkpoint = write_moe(tmp_path / "checkpoint", MIXTRAL)
-    with pytest.raises(ValueError, match=r"has experts .* serve it with --quantization qwantize"):
-        export_model(str(checkpoint), tmp_path / "out", {}, "compressed-tensors")
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    one = engines.start(checkpoint, **ARGUMENTS)
+    use = functools.partial(probe, prompts=TINY_PROMPTS, sequences=sequences_of(one))
+    two = engines.start(checkpoint, use, **ARGUMENTS, **TWO_RANKS, enable_expert_parallel=expert_parallel)
+    assert_share_out(one, two, expert_parallel)
+    assert largest_difference(one.result["own_scores"], two.result["scores"]) <= 1e-4
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
