@@ -36,8 +36,8 @@ class LayerCache:
         parts += ["none" if tensor is None else digest(tensor) for tensor in tensors]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
-    def load(self, key: str, shapes: Sequence[tuple[int, int]], block_size: int) -> list[Nvfp4Tensor] | None:
-        """The parts, (N, K) each, on the CPU; None where there is no such file.
+    def load(self, key: str, shapes: Sequence[tuple[int, ...]], block_size: int) -> list[Nvfp4Tensor] | None:
+        """The parts, (..., N, K) each, on the CPU; None where there is no such file.
 
         Raises:
             ValueError: there is one, but it is not what was saved; names it.

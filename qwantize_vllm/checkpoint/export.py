@@ -38,10 +38,10 @@ Quantize = Callable[["ExportLayer", torch.Tensor], Sequence[Nvfp4Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class ExportLayer:
-    """A layer that is quantized.
+    """A weight that is quantized at once: a linear layer's, or of one expert gate and up together, or down.
 
     Attributes:
-        name: that of the serving model's layer.
+        name: that of the serving model's layer; of an expert with its number and w13 or w2 behind it.
         weights: the checkpoint's tensors that it is made of, each (rows, K), in the order of its rows.
     """
 
@@ -94,7 +94,7 @@ def export(job: ExportJob, quantize: Quantize) -> None:
     with _only_one(job.partial):
         notes = _Notes(job)
         files = _shards(job)
-        with tqdm(total=len(job.layers), unit="layer", desc="exporting", disable=None) as bar:
+        with tqdm(total=len(job.layers), unit="weight", desc="exporting", disable=None) as bar:
             for number, units in enumerate(files, 1):
                 name = _file_name(number, len(files))
                 if not notes.has(name):

@@ -188,7 +188,8 @@ class HessianFile:
         """As `read`, of several layers: float32 (len(names), stop - start, block_size, block_size)."""
         size = self.block_size
         parts = [slice(j * size, (j + 1) * size) for j in range(start, stop)]
-        with safe_open(self.path, framework="pt") as file:
+        # A model that is being built has another default device, and its meta device holds no numbers.
+        with torch.device("cpu"), safe_open(self.path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in names}
             if self.info.full:
                 blocks = {name: torch.stack([s[part, part] for part in parts]) for name, s in slices.items()}
@@ -211,7 +212,7 @@ class HessianFile:
 
     def read_whole(self, name: str) -> torch.Tensor:
         """What the file has of a layer: all blocks, or the full Hessian."""
-        with safe_open(self.path, framework="pt") as file:
+        with torch.device("cpu"), safe_open(self.path, framework="pt") as file:
             return self._finite(name, file.get_tensor(name))
 
     def _blocks(self, name: str) -> int:

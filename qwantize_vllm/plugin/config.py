@@ -20,7 +20,8 @@ from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
 from qwantize_vllm.plugin.measured_experts import MeasuredExperts, measures_experts
 from qwantize_vllm.plugin.moe import QwantizeMoEMethod, expert_members, why_not_experts
-from qwantize_vllm.plugin.packed import PackedConfig, packed_of
+from qwantize_vllm.plugin.packed import PackedConfig
+from qwantize_vllm.plugin.packed_format import packed_of
 from qwantize_vllm.plugin.reloading import refuse_sparse_updates
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.towers import is_of_tower

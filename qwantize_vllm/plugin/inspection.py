@@ -36,7 +36,7 @@ from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.plugin.engine_process import in_own_process
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
-from qwantize_vllm.plugin.moe import WEIGHTS, QwantizeMoEMethod, expert_members, matrices_of
+from qwantize_vllm.plugin.moe import WEIGHTS, QwantizeMoEMethod, expert_members, local_experts, matrices_of
 from qwantize_vllm.search.quality import output_signal_and_noise, signal_and_noise
 
 
@@ -196,6 +196,8 @@ class MetaModel:
 
     def name(self, path: str) -> str:
         """By which settings and Hessian files know a layer."""
+        if (layer := self.experts.get(path)) is not None:
+            return str(layer.layer_name)
         return str(getattr(self.layers[path], "prefix", "") or path)
 
     def reason(self, layer: torch.nn.Module) -> str | None:
@@ -320,7 +322,7 @@ class _MeasureExperts(_Measure):
 
 def _experts_result(layer: RoutedExperts, name: str, weight: torch.Tensor, hessians: torch.Tensor | None) -> Measured:
     method: QwantizeMoEMethod = layer.quant_method
-    q = method.quantize(layer, name, weight)
+    q = method.quantize(name, weight, local_experts(layer))
     parts = matrices_of(weight, q)
     signal, noise = (float(sum(each)) for each in zip(*(signal_and_noise(*part) for part in parts), strict=True))
     output_signal = output_noise = None

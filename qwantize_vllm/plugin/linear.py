@@ -15,10 +15,9 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
 
-from qwantize_vllm import __version__
-from qwantize_vllm.checkpoint.cache import LayerCache
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.hessian import HessianFile
+from qwantize_vllm.plugin.cached import cached
 from qwantize_vllm.plugin.reloading import check_arrived, old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.versions import PROCESSED
@@ -152,7 +151,14 @@ class QwantizeLinearMethod(LinearMethodBase):
         hessian = self._hessian(layer, weight)
         if self.settings.cache_dir is None:
             return self._search(parts, scales, hessian)
-        return self._cached(LayerCache(self.settings.cache_dir), parts, scales, hessian)
+        how = [self.search, self.refine, dataclasses.astuple(self._gptq)]
+        search = functools.partial(self._search, parts, scales, hessian)
+        quantized, found = cached(
+            self.settings.cache_dir, self.name, how, parts, [scales, hessian], self.settings.block_size, search
+        )
+        if found:
+            self.report.from_cache()
+        return quantized
 
     def _search(
         self, parts: Sequence[torch.Tensor], scales: torch.Tensor, hessian: torch.Tensor | None
@@ -165,23 +171,6 @@ class QwantizeLinearMethod(LinearMethodBase):
             ]
         except ValueError as error:  # a Hessian that gptq cannot use
             raise ValueError(f"qwantize: {self.name}: {error}") from error
-
-    def _cached(
-        self, cache: LayerCache, parts: Sequence[torch.Tensor], scales: torch.Tensor, hessian: torch.Tensor | None
-    ) -> list[Nvfp4Tensor]:
-        """What the cache has for these weights; or else a search, which is kept there."""
-        size, device = self.settings.block_size, parts[0].device
-        how = [__version__, device.type, self.search, self.refine, dataclasses.astuple(self._gptq), size]
-        key = cache.key({"how": how}, [*parts, scales, hessian])
-        try:
-            if (found := cache.load(key, [(part.shape[0], part.shape[1]) for part in parts], size)) is not None:
-                self.report.from_cache()
-                return [q.to(device) for q in found]
-        except ValueError as error:
-            logger.warning("qwantize: %s: %s; it is searched again and written anew", self.name, error)
-        quantized = self._search(parts, scales, hessian)
-        cache.save(key, quantized)
-        return quantized
 
     def _find_hessian(self, blocks: int) -> None:
         """The name that the file has this layer under; if it has none, and may, the layer is searched without."""

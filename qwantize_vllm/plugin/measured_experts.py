@@ -61,7 +61,8 @@ class MeasuredExperts(FusedMoEMethodBase):
             return
         for name in WEIGHTS:
             weight = getattr(layer, f"{name}_weight").data
-            weight.copy_(self.quantizer.quantize(layer, name, weight).dequantize(weight.dtype).flatten(1, 2))
+            q = self.quantizer.quantize(name, weight, local_experts(layer))
+            weight.copy_(q.dequantize(weight.dtype).flatten(1, 2))
 
     def apply(
         self,

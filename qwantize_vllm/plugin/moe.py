@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,16 +18,17 @@ from vllm.model_executor.utils import set_weight_attrs
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.matmul.experts import ACTIVATIONS
+from qwantize_vllm.plugin.cached import cached
 from qwantize_vllm.plugin.expert_weights import ExpertForm, QuantizedExperts, choose_expert_form
 from qwantize_vllm.plugin.linear import _open_hessians, largest_over_ranks
 from qwantize_vllm.plugin.reloading import check_arrived, old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
+from qwantize_vllm.plugin.versions import PROCESSED
 from qwantize_vllm.search.quality import signal_and_noise
 from qwantize_vllm.search.quantize import describe_nonfinite, matrix_amax, resolve_global_scale, search_nvfp4
 from qwantize_vllm.settings import QwantizeSettings
 
 logger = init_logger(f"vllm.{__name__}")
-_DONE = "_already_called_process_weights_after_loading"  # vLLM's reload clears it
 _CHUNK_ELEMENTS = 2**28  # weights searched at once, in whole experts
 WEIGHTS = ("w13", "w2")  # vLLM's names: gate above up, and down
 
@@ -52,12 +55,11 @@ def expert_members(layer: RoutedExperts, prefix: str) -> list[str]:
     return [f"{prefix}.{expert}.{name}" for expert in range(experts) for name in names if name]
 
 
-class QwantizeMoEMethod(FusedMoEMethodBase):
-    """Replaces the dense weights of all experts by one of the forms of expert_weights.py.
+class ExpertMethod(FusedMoEMethodBase):
+    """Serves the experts of a layer from one of the forms of expert_weights.py, wherever their codes come from.
 
-    As in linear.py weights are created on the meta device, and at any time at most one layer of dense experts exists.
-    Every expert has global scales of its own: one for w13, or with `amax_per_member` one for gate and one for up, and
-    one for w2.
+    As in linear.py weights are created on the meta device, and at any time at most one layer of them exists beside
+    those that are served.
     """
 
     uses_meta_device = True
@@ -66,11 +68,49 @@ class QwantizeMoEMethod(FusedMoEMethodBase):
     def __init__(self, settings: QwantizeSettings, name: str, report: LoadReport, moe: FusedMoEConfig) -> None:
         super().__init__(moe)
         self.settings, self.name, self.report = settings, name, report
+        self._form: ExpertForm | None = None
+
+    def keep(self, layer: RoutedExperts, experts: QuantizedExperts) -> int:
+        """Put them on the layer in place of what is there; returns their bytes."""
+        self._form = self._form or choose_expert_form(self.settings, experts, self.name)
+        return self._form.keep(layer, experts)
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x (M, K) -> (M, K): the experts of this rank; vLLM has computed the shared ones, and adds up ranks."""
+        if self._form is None:
+            raise RuntimeError(f"qwantize: {self.name} is called before its weights were loaded")
+        x, topk_weights = weighted_input(layer, x, topk_weights)
+        return self._form.apply(layer, x, topk_weights, topk_ids)
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        """None: what vLLM's own kernels would have to know."""
+
+    def maybe_make_prepare_finalize(self, *args: Any, **kwargs: Any) -> None:
+        """None, which vLLM 0.25 asks for: tokens are exchanged among data-parallel ranks before and after `apply`."""
+
+
+class QwantizeMoEMethod(ExpertMethod):
+    """Quantizes all experts of a layer as soon as their dense weights have arrived.
+
+    Every expert has global scales of its own: one for w13, or with `amax_per_member` one for gate and one for up, and
+    one for w2.
+    """
+
+    def __init__(self, settings: QwantizeSettings, name: str, report: LoadReport, moe: FusedMoEConfig) -> None:
+        super().__init__(settings, name, report, moe)
         self.search = settings.scale_search
         # Full Hessians of experts are not measured: where gptq is asked for, there are none.
         self.refine = "none" if settings.refine == "gptq" else settings.refine
         self._unreached: set[int] = set()
-        self._form: ExpertForm | None = None
+        self._from_cache = True  # whether nothing was searched since a layer's weights have arrived
 
     def create_weights(
         self,
@@ -102,7 +142,7 @@ class QwantizeMoEMethod(FusedMoEMethodBase):
         Raises:
             ValueError: a weight holds NaN or infinities, or a part is missing; names the layer and counts.
         """
-        if getattr(layer, _DONE, False):
+        if getattr(layer, PROCESSED, False):
             return
         began = time.perf_counter()
         dense = {name: getattr(layer, f"{name}_weight").data for name in WEIGHTS}
@@ -110,39 +150,57 @@ class QwantizeMoEMethod(FusedMoEMethodBase):
             layer, self.name, sum(weight.numel() for weight in dense.values()), "gate, up and down of all experts"
         )
         before, dtype = sum(weight.nbytes for weight in dense.values()), dense["w2"].dtype
-        quantized = {name: self.quantize(layer, name, weight) for name, weight in dense.items()}
+        experts, self._from_cache = local_experts(layer), self.settings.cache_dir is not None
+        quantized = {name: self.quantize(name, weight, experts) for name, weight in dense.items()}
+        if self._from_cache:
+            self.report.from_cache()
         parts = [part for name in WEIGHTS for part in matrices_of(dense[name], quantized[name])]
         energies = [signal_and_noise(*part) for part in parts]
         signal, noise = (float(sum(each)) for each in zip(*energies, strict=True))
-        experts = QuantizedExperts(quantized["w13"], quantized["w2"], dtype)
-        self._form = self._form or choose_expert_form(self.settings, experts, self.name)
-        after = self._form.keep(layer, experts)
-        setattr(layer, _DONE, True)
+        after = self.keep(layer, QuantizedExperts(quantized["w13"], quantized["w2"], dtype))
+        setattr(layer, PROCESSED, True)
         self.report.quantized(self.name, before, after, signal, noise, began)
 
-    def quantize(self, layer: RoutedExperts, name: str, weight: torch.Tensor) -> Nvfp4Tensor:
-        """A weight (E, N, K) of this rank as (E, members, N/members, K), each member with a global scale."""
+    def quantize(self, name: str, weight: torch.Tensor, experts: Sequence[int]) -> Nvfp4Tensor:
+        """w13 or w2 of some experts (e, N, K) as (e, members, N/members, K), each member with a global scale.
+
+        experts: their numbers in the model. What becomes of one does not depend on which others are given.
+
+        Raises:
+            ValueError: a weight holds NaN or infinities; names the layer and counts them.
+        """
         members = 2 if name == "w13" and self.settings.global_scale == "amax_per_member" else 1
         matrices = weight.unflatten(1, (members, -1))
         amax = largest_over_ranks(matrix_amax(matrices), _group(self.moe))
         if not bool(torch.isfinite(amax).all()):
-            raise ValueError(
-                f"qwantize: {self.name}: {name} of all experts: {describe_nonfinite(weight)} (on this rank)"
-            )
+            whose = f"expert {experts[0]}" if len(experts) == 1 else "all experts"
+            raise ValueError(f"qwantize: {self.name}: {name} of {whose}: {describe_nonfinite(weight)} (on this rank)")
         scales = resolve_global_scale(amax, "none" if self.settings.global_scale == "none" else "amax")
         step = max(1, _CHUNK_ELEMENTS // weight[0].numel())
         parts = [slice(start, start + step) for start in range(0, len(weight), step)]
-        return concatenate([self._search(layer, name, matrices[part], scales[part], part) for part in parts])
+        return concatenate([self._quantize_some(name, matrices[part], scales[part], experts[part]) for part in parts])
+
+    def _quantize_some(
+        self, name: str, matrices: torch.Tensor, scales: torch.Tensor, experts: Sequence[int]
+    ) -> Nvfp4Tensor:
+        """Some of the experts (e, members, N/members, K), from cache_dir where they are there."""
+        hessians = self._hessians(name, experts, matrices) if self.search == "hessian" else None
+        search = functools.partial(self._search, matrices, scales, hessians, experts)
+        directory, block_size = self.settings.cache_dir, self.settings.block_size
+        if directory is None:
+            return search()
+        how = [self.search, self.refine, [i for i, expert in enumerate(experts) if expert in self._unreached]]
+        given = [scales, hessians]
+        (q,), found = cached(directory, self.name, how, [matrices], given, block_size, lambda: [search()])
+        self._from_cache = self._from_cache and found
+        return q
 
     def _search(
-        self, layer: RoutedExperts, name: str, matrices: torch.Tensor, scales: torch.Tensor, part: slice
+        self, matrices: torch.Tensor, scales: torch.Tensor, hessians: torch.Tensor | None, experts: Sequence[int]
     ) -> Nvfp4Tensor:
-        """Some of the experts (e, members, N/members, K), those whose numbers on this rank are `part`."""
         block_size = self.settings.block_size
-        if self.search != "hessian":
+        if hessians is None:
             return search_nvfp4(matrices, self.search, block_size, scales)
-        experts = local_experts(layer)[part]
-        hessians = self._hessians(layer, name, experts, matrices.shape[-1]).to(matrices.device)
         q = search_nvfp4(matrices, "hessian", block_size, scales, hessians[:, None], refine=self.refine)
         if unreached := [i for i, expert in enumerate(experts) if expert in self._unreached]:
             other = search_nvfp4(matrices[unreached], "optimal", block_size, scales[unreached])
@@ -174,33 +232,12 @@ class QwantizeMoEMethod(FusedMoEMethodBase):
                 raise ValueError(f"{message}; calibrate on more text (strict: true)")
             logger.warning("%s; they are searched by optimal", message)
 
-    def _hessians(self, layer: RoutedExperts, name: str, experts: list[int], k: int) -> torch.Tensor:
+    def _hessians(self, name: str, experts: Sequence[int], matrices: torch.Tensor) -> torch.Tensor:
         """Block Hessians of some experts (e, K/block_size, block_size, block_size), those of this rank's K."""
-        blocks = k // self.settings.block_size
+        blocks = matrices.shape[-1] // self.settings.block_size
         start = self.moe.tp_rank * blocks if name == "w2" else 0
         names = [f"{self.name}.{expert}.{name}" for expert in experts]
-        return _hessian_file(self.settings).read_each(names, start, start + blocks)
-
-    def apply(
-        self,
-        layer: RoutedExperts,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: Any = None,
-        shared_experts_input: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """x (M, K) -> (M, K): the experts of this rank; vLLM has computed the shared ones, and adds up ranks."""
-        if self._form is None:
-            raise RuntimeError(f"qwantize: {self.name} is called before its weights were loaded")
-        x, topk_weights = weighted_input(layer, x, topk_weights)
-        return self._form.apply(layer, x, topk_weights, topk_ids)
-
-    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
-        """None: what vLLM's own kernels would have to know."""
-
-    def maybe_make_prepare_finalize(self, *args: Any, **kwargs: Any) -> None:
-        """None, which vLLM 0.25 asks for: tokens are exchanged among data-parallel ranks before and after `apply`."""
+        return _hessian_file(self.settings).read_each(names, start, start + blocks).to(matrices.device)
 
 
 def add_dense_weights(

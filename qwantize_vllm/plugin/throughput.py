@@ -95,12 +95,12 @@ def _measure(model: str, quantization: str | None, loads: list[Load], options: d
     with engine(model=model, quantization=quantization, **random_weights, **options) as llm:
         vocabulary = llm.llm_engine.model_config.get_vocab_size()
         for load in loads:
-            _run(llm, load, vocabulary)  # warms up
-            seconds.append(statistics.median(_run(llm, load, vocabulary) for _ in range(3)))
+            run_load(llm, load, vocabulary)  # warms up
+            seconds.append(statistics.median(run_load(llm, load, vocabulary) for _ in range(3)))
     return seconds
 
 
-def _run(llm: Any, load: Load, vocabulary: int) -> float:
+def run_load(llm: Any, load: Load, vocabulary: int) -> float:
     from vllm import SamplingParams
 
     prompts = [

@@ -52,6 +52,16 @@ def test_a_file_gives_back_slices(tmp_path):
         HessianFile(path, 32)
 
 
+def test_a_file_is_read_on_the_cpu_while_a_model_is_built_elsewhere(tmp_path):
+    hessian = block_hessian(torch.randn(20, 64))
+    save_hessians(tmp_path / "h", {"a": hessian}, 16)
+    file = HessianFile(tmp_path / "h", 16)
+    with torch.device("meta"):
+        each, whole = file.read_each(["a"], 0, 4), file.read_whole("a")
+    assert torch.equal(each[0], hessian)
+    assert torch.equal(whole, hessian)
+
+
 def test_what_is_not_finite_is_refused_when_it_is_read(tmp_path):
     hessian = torch.zeros(3, 16, 16)
     hessian[1, 2, 3] = torch.nan

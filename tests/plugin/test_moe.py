@@ -15,10 +15,11 @@ from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinea
 from qwantize_vllm import QwantizeSettings, block_hessian, quantize_nvfp4
 from qwantize_vllm.hessian import save_hessians
 from qwantize_vllm.plugin.config import QwantizeConfig
-from qwantize_vllm.plugin.linear import QwantizeLinearMethod
+from qwantize_vllm.plugin.linear import QwantizeLinearMethod, _open_hessians
 from qwantize_vllm.plugin.measured_experts import ExpertSums, MeasuredExperts
 from qwantize_vllm.plugin.moe import QwantizeMoEMethod, local_experts, why_not_experts
 from qwantize_vllm.plugin.report import LoadReport
+from qwantize_vllm.search.quantize import search_nvfp4
 
 
 def config_with(**settings):
@@ -122,7 +123,7 @@ def test_an_expert_that_was_never_reached_is_searched_by_optimal(tmp_path):
 
     method = QwantizeMoEMethod(QwantizeSettings(**settings), "mlp.experts", LoadReport(QwantizeSettings()), moe)
     method._find_hessians(layer, 64)
-    q = method.quantize(layer, "w13", weight)
+    q = method.quantize("w13", weight, [0, 1])
     for expert, expected in enumerate(
         (quantize_nvfp4(weight[0], "hessian", hessian=hessian), quantize_nvfp4(weight[1], "optimal"))
     ):
@@ -135,6 +136,46 @@ def test_an_expert_that_was_never_reached_is_searched_by_optimal(tmp_path):
         method._find_hessians(layer, 64)
 
 
+def test_experts_are_read_from_the_cache_and_searched_where_it_has_them_not(tmp_path, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 64, 64, generator=generator)
+    hessians = {f"mlp.experts.{i}.w13": block_hessian(torch.randn(99, 64, generator=generator)) for i in range(3)}
+    settings = {"scale_search": "hessian", "hessian": tmp_path / "h.safetensors", "cache_dir": tmp_path / "cache"}
+    searched = []
+
+    def quantize(weight, hessians, **changes):
+        save_hessians(tmp_path / "h.safetensors", hessians, 16)
+        _open_hessians.cache_clear()
+        given = QwantizeSettings(**settings | changes)
+        searched.clear()
+        return QwantizeMoEMethod(given, "mlp.experts", LoadReport(given), moe_config()).quantize(
+            "w13", weight, range(3)
+        )
+
+    def note(*args, **kwargs):
+        searched.append(args)
+        return search_nvfp4(*args, **kwargs)
+
+    monkeypatch.setattr("qwantize_vllm.plugin.moe.search_nvfp4", note)
+    first = quantize(weight, hessians)
+    assert len(searched) == 1
+    again = quantize(weight.clone(), hessians)
+    assert not searched
+    assert torch.equal(again.codes, first.codes)
+    assert torch.equal(again.block_scales.view(torch.uint8), first.block_scales.view(torch.uint8))
+    assert torch.equal(again.global_scale, first.global_scale)
+    for given, others, changes in (
+        (weight.clone().index_fill_(2, torch.tensor(3), 0.5), hessians, {}),
+        (weight, {**hessians, "mlp.experts.2.w13": 2 * hessians["mlp.experts.1.w13"]}, {}),
+        (weight, hessians, {"global_scale": "amax_per_member"}),
+        (weight, hessians, {"refine": "codes"}),
+    ):
+        quantize(given, others, **changes)
+        assert searched
+        assert quantize(given, others, **changes).shape[1] == (2 if "global_scale" in changes else 1)
+        assert not searched
+
+
 def test_nan_is_refused_with_the_layers_name():
     method = QwantizeMoEMethod(QwantizeSettings(), "mlp.experts", LoadReport(QwantizeSettings()), moe_config())
     weight = torch.ones(3, 64, 64)
@@ -142,17 +183,17 @@ def test_nan_is_refused_with_the_layers_name():
     with pytest.raises(
         ValueError, match=r"qwantize: mlp.experts: w13 of all experts: weight \(3, 64, 64\) holds 1 NaN and 0 infinite"
     ):
-        method.quantize(None, "w13", weight)
+        method.quantize("w13", weight, range(3))
 
 
 def test_gate_and_up_have_a_global_scale_each_where_asked_for():
     settings = QwantizeSettings(global_scale="amax_per_member")
     method = QwantizeMoEMethod(settings, "mlp.experts", LoadReport(settings), moe_config())
     weight = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
-    q = method.quantize(None, "w13", weight)
+    q = method.quantize("w13", weight, range(3))
     assert q.shape == (3, 2, 32, 64)
     for expert, member in ((0, 0), (2, 1)):
         alone = quantize_nvfp4(weight[expert].chunk(2)[member])
         assert torch.equal(q.codes[expert, member], alone.codes)
         assert torch.equal(q.global_scale[expert, member], alone.global_scale)
-    assert method.quantize(None, "w2", weight).shape == (3, 1, 64, 64)
+    assert method.quantize("w2", weight, range(3)).shape == (3, 1, 64, 64)

@@ -10,7 +10,8 @@ pytest.importorskip("vllm")
 
 from qwantize_vllm.checkpoint import LAYOUTS
 from qwantize_vllm.plugin.config import QwantizeConfig
-from qwantize_vllm.plugin.packed import PackedConfig, packed_of
+from qwantize_vllm.plugin.packed import PackedConfig
+from qwantize_vllm.plugin.packed_format import packed_of
 
 CT = LAYOUTS["compressed-tensors"].config(["lm_head"], 16)
 MODELOPT = LAYOUTS["modelopt"].config(["lm_head"], 16)

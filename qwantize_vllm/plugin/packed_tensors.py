@@ -1,0 +1,40 @@
+"""What is asked of the tensors of a checkpoint that holds NVFP4 already, of linear layers and of experts alike."""
+
+from __future__ import annotations
+
+import torch
+
+from qwantize_vllm.checkpoint import Layout
+from qwantize_vllm.plugin.packed_format import Packed
+
+
+def input_scales(packed: Packed) -> list[str]:
+    """What a checkpoint has for activations of four bits: read, because it is there, and forgotten."""
+    if not packed.activations:
+        return []
+    return ["input_scale"] if packed.layout.name == "modelopt" else ["input_global_scale"]
+
+
+def check_dtype(layer: str, name: str, layout: Layout, param: torch.Tensor, loaded: torch.Tensor) -> None:
+    """Raise ValueError where a tensor of the checkpoint is not what its layout has; scalars may be of any dtype."""
+    if loaded.dtype != param.dtype and param.dtype != torch.float32:
+        raise ValueError(
+            f"qwantize: {layer}: tensor {name} is {loaded.dtype} in the checkpoint, "
+            f"{layout.name} has {param.dtype} there"
+        )
+
+
+def check_scales(layer: str, layout: Layout, block_scales: torch.Tensor, factors: torch.Tensor) -> None:
+    """Raise ValueError where scales are none of NVFP4; factors: global scales to multiply by."""
+    wrong = int((block_scales.view(torch.uint8) > 126).sum())  # NaN, or negative
+    if wrong:
+        raise ValueError(
+            f"qwantize: {layer}: {layout.block_scales} holds {wrong} block scales that are NaN or negative; "
+            "the checkpoint is damaged, or is not NVFP4"
+        )
+    bad = ~(factors.isfinite() & (factors > 0))
+    if bool(bad.any()):
+        raise ValueError(
+            f"qwantize: {layer}: {layout.global_scale} gives the global scales {factors[bad].tolist()}, "
+            "which must be positive and finite; the checkpoint is damaged, or is not NVFP4"
+        )
