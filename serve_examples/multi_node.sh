@@ -9,7 +9,8 @@
 #   machine 10.0.0.2:  serve_examples/multi_node.sh MODEL 2 1 10.0.0.1 --tensor-parallel-size 8 --pipeline-parallel-size 2
 #
 # Every machine needs this package, vLLM and the checkpoint, in the same versions and under the same path. It is vLLM's
-# own launch. With Ray instead (`ray start` on every machine) one command on one of them does:
+# own launch. With Ray instead (`pip install ray` everywhere; `ray start --head` on the first machine, on the others
+# `ray start --address 10.0.0.1:6379`) one command on one of them does:
 #   vllm serve MODEL --quantization qwantize --distributed-executor-backend ray --tensor-parallel-size 8 --pipeline-parallel-size 2
 set -euo pipefail
 

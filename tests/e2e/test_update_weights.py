@@ -92,10 +92,15 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("checkpoints") / "other", flip)
 
 
-def test_what_is_served_is_what_a_fresh_start_serves(engines, tiny, other):
+@pytest.fixture(scope="module")
+def fresh(engines, other) -> dict[str, Any]:
+    """What an engine says that was started with the other weights."""
+    return engines.start(other, state, dtype="float32").result
+
+
+def test_what_is_served_is_what_a_fresh_start_serves(engines, tiny, other, fresh):
     use = functools.partial(update_twice, folders=[str(other), str(tiny)])
     first, changed, back = engines.start(tiny, use, dtype="float32", **FILES).result
-    fresh = engines.start(other, state, dtype="float32").result
     for states, checkpoint in ((first, tiny), (changed, other), (back, tiny)):
         for layer, q in quantize_checkpoint(checkpoint, torch.float32).items():
             assert_serves(states["models"][0]["tensors"], layer, q)
@@ -134,7 +139,7 @@ def refuse_and_go_on(llm: Any, bad: list[dict[str, Any]], other: str) -> dict[st
     return {"messages": messages, "states": states, **state(llm)}
 
 
-def test_after_an_update_that_failed_the_model_answers_and_takes_the_next_one(engines, tiny, other):
+def test_after_an_update_that_failed_the_model_answers_and_takes_the_next_one(engines, tiny, other, fresh):
     layer = "model.layers.1.self_attn"
     k, v = (f"{layer}.{name}_proj.weight" for name in "kv")
     bad = [{"without": [k]}, {"poison": v}, {"breaks_off": True}, {}]
@@ -151,7 +156,6 @@ def test_after_an_update_that_failed_the_model_answers_and_takes_the_next_one(en
     assert len(result["states"]) == 3
     for states in result["states"]:
         assert_serves(states["models"][0]["tensors"], f"{layer}.qkv_proj", old)
-    fresh = engines.start(other, state, dtype="float32").result
     assert result["own_scores"] == fresh["own_scores"]
     for name, q in quantize_checkpoint(other, torch.float32).items():
         assert_serves(result["models"][0]["tensors"], name, q)
