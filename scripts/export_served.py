@@ -7,7 +7,8 @@
 Served three ways, each in a process of its own: "online" is MODEL with --quantization qwantize, "export" is EXPORT with
 it, "stock" is EXPORT by vLLM alone, no plugin loaded. Of each: tokens a second, the median of three runs; the greedy
 tokens that it has in common with "online"; and the mean difference of log-probabilities of the same prompts. What is
-served first may find cold clocks and caches: the ways take turns, --rounds times.
+served first may find cold clocks and caches: the ways take turns, --rounds times. An export of other settings than the
+defaults wants them online too: name their file in QWANTIZE_CONFIG.
 """
 
 from __future__ import annotations
