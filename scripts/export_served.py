@@ -70,7 +70,8 @@ def serve(model: str, quantization: str | None, eager: bool, loads: tuple[Load, 
         greedy = SamplingParams(
             temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, prompt_logprobs=0
         )
-        outputs = llm.generate(prompts, greedy, use_tqdm=False)
+        # One by one: what is in a batch together follows from when it arrives, and roundings from that.
+        outputs = [llm.generate([prompt], greedy, use_tqdm=False)[0] for prompt in prompts]
         seconds = []
         for load in loads:
             run_load(llm, load, vocabulary)  # warms up
