@@ -7,7 +7,8 @@
 Served three ways, each in a process of its own: "online" is MODEL with --quantization qwantize, "export" is EXPORT with
 it, "stock" is EXPORT by vLLM alone, no plugin loaded. Of each: tokens a second, the median of three runs; the greedy
 tokens that it has in common with "online"; and the mean difference of log-probabilities of the same prompts. What is
-served first may find cold clocks and caches: the ways take turns, --rounds times.
+served first may find cold clocks and caches: the ways take turns, --rounds times. An export of other settings than the
+defaults wants them online too: name their file in QWANTIZE_CONFIG.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def serve(model: str, quantization: str | None, eager: bool, loads: tuple[Load, 
         greedy = SamplingParams(
             temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, prompt_logprobs=0
         )
-        outputs = llm.generate(prompts, greedy, use_tqdm=False)
+        # One by one: what is in a batch together follows from when it arrives, and roundings from that.
+        outputs = [llm.generate([prompt], greedy, use_tqdm=False)[0] for prompt in prompts]
         seconds = []
         for load in loads:
             run_load(llm, load, vocabulary)  # warms up
