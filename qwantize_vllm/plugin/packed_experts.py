@@ -17,6 +17,7 @@ from qwantize_vllm.plugin.expert_weights import QuantizedExperts
 from qwantize_vllm.plugin.moe import ExpertMethod, local_experts
 from qwantize_vllm.plugin.packed_format import Packed
 from qwantize_vllm.plugin.packed_tensors import check_dtype, check_scales, input_scales
+from qwantize_vllm.plugin.reloading import old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.versions import PROCESSED
 from qwantize_vllm.settings import QwantizeSettings
@@ -68,6 +69,7 @@ class PackedMoEMethod(ExpertMethod):
         self.report.expect(self.name)
         initialize_online_processing(layer)
 
+    @old_weights_on_error()
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Raises ValueError where a tensor is missing or no scale of NVFP4; names the layer and the tensor."""
         if getattr(layer, PROCESSED, False):

@@ -19,6 +19,7 @@ from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightP
 
 from qwantize_vllm.plugin.packed_format import Packed
 from qwantize_vllm.plugin.packed_tensors import check_dtype, check_scales, input_scales
+from qwantize_vllm.plugin.reloading import old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.versions import PROCESSED
 from qwantize_vllm.plugin.weights import Form, QuantizedLayer, choose_form
@@ -75,6 +76,7 @@ class PackedLinearMethod(LinearMethodBase):
         self.report.expect(self.name)
         initialize_online_processing(layer)
 
+    @old_weights_on_error()
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Raises ValueError where a tensor is missing or no scale of NVFP4; names the layer and the tensor."""
         if getattr(layer, PROCESSED, False):
