@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
@@ -48,7 +49,10 @@ class CalibrationWorker:
         self._qwantize_info = HessianInfo(block_size=block_size, full=full)
         left = []
         self._qwantize_experts: dict[str, ExpertSums] = {}
-        for path, layer in self.model_runner.get_model().named_modules():
+        model = self.model_runner.get_model()
+        # Latent attention may take the weight of its projection, and not call it: what it gives it, it is given itself.
+        latent = {module.kv_b_proj: module for module in model.modules() if isinstance(module, MLAAttention)}
+        for path, layer in model.named_modules():
             if isinstance(layer, RoutedExperts):
                 if full or not isinstance(layer.quant_method, MeasuredExperts):
                     left.append(layer.layer_name)
@@ -68,7 +72,8 @@ class CalibrationWorker:
             hessian = FullHessianSum(k, device) if full else BlockHessianSum(k, block_size, device)
             if k != layer.input_size or layer.tp_rank == 0:  # what every rank sees one of them counts
                 self._qwantize_sums[name] = (rank, hessian)
-                layer.register_forward_pre_hook(_adding_to(hessian))
+                caller, argument = (latent[layer], 1) if layer in latent else (layer, 0)
+                caller.register_forward_pre_hook(_adding_to(hessian, argument))
         return left
 
     def qwantize_finish(self, directory: str) -> tuple[str, dict[str, int], dict[str, float]]:
@@ -85,9 +90,9 @@ class CalibrationWorker:
         return path, {name: hessian.tokens for name, (_, hessian) in sums.items()}, routed
 
 
-def _adding_to(hessian: BlockHessianSum | FullHessianSum) -> Any:
+def _adding_to(hessian: BlockHessianSum | FullHessianSum, argument: int) -> Any:
     def hook(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        hessian.add(inputs[0])
+        hessian.add(inputs[argument])
 
     return hook
 
