@@ -105,7 +105,8 @@ class PackedMoEMethod(ExpertMethod):
             if here:
                 check_dtype(f"{self.name}.{expert_id}", name, self.packed.layout, param, loaded_weight)
                 if param.device.type != "meta":  # where vLLM only counts what would be loaded
-                    self._arrived.add((name, expert_id, shard_id))
+                    # With load balancing copies of an expert have numbers of their own, as in local_experts.
+                    self._arrived.add((name, expert_id % self.moe.num_logical_experts, shard_id))
             return here if return_success else None
 
         return load

@@ -49,7 +49,7 @@ class Layer(torch.nn.Module):
         super().__init__()
         self.here = list(here)
         self.expert_map = torch.tensor([self.here.index(i) if i in self.here else -1 for i in range(EXPERTS)])
-        self.local_num_experts = len(self.here)
+        self.local_num_experts, self.moe_config = len(self.here), moe_config(num_logical_experts=EXPERTS)
         name_projections(self)
 
     def _map_global_expert_id_to_local_expert_id(self, expert):
@@ -68,7 +68,7 @@ class Layer(torch.nn.Module):
 def method_for(layer, layout="compressed-tensors", activations=False, **settings):
     packed = Packed(LAYOUTS[layout], 16, activations)
     settings = QwantizeSettings(**settings)
-    method = PackedMoEMethod(settings, "mlp.experts", LoadReport(settings), moe_config(), packed)
+    method = PackedMoEMethod(settings, "mlp.experts", LoadReport(settings), layer.moe_config, packed)
     method.create_weights(layer, layer.local_num_experts, K, INNER, torch.bfloat16, weight_loader=layer.load)
     return method
 
@@ -199,7 +199,7 @@ def packed_config(layout="compressed-tensors", ignore=()):
 def routed_experts(**changes):
     layer = RoutedExperts.__new__(RoutedExperts)
     torch.nn.Module.__init__(layer)
-    layer.moe_config, layer.global_num_experts = moe_config(**changes), 2
+    layer.moe_config = moe_config(num_logical_experts=2, **changes)
     name_projections(layer)
     return layer
 
