@@ -112,7 +112,7 @@ def swizzled_copies(shape: tuple[int, int]) -> list[SwizzledNvfp4]:
 def candidates(m: int) -> list[TileShape | DecodeShape]:
     """Tiles that hold m tokens, and smaller ones from 64 tokens on."""
     sizes = [size for size in (8, 16, 32, 64, 128, 256) if size < 2 * max(m, 8) and (size >= m or size >= 64)]
-    few = [size for size in (1, 2, 4, 8, 16) if m <= size < 2 * m]
+    few = [size for size in (1, 2, 4) if m <= size < 2 * m]
     return [
         *(DecodeShape(size, *form) for size in few for form in DECODE_FORMS),
         *(TileShape(size, *form) for size in sizes for form in FORMS),

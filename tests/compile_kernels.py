@@ -120,15 +120,15 @@ def warps(kernel: Any, constants: dict[str, Any]) -> int:
 
 
 def decode_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """Hopper's kernel for few tokens: each shape of a rule, and one of 16 tokens, once."""
+    """Hopper's kernel for few tokens: each shape of a rule, and one of 4 tokens, once."""
     from qwantize_vllm.matmul.gluon_decode import _decode_kernel
 
     shapes = [rule.shape for rule in RULES[9] if isinstance(rule.shape, DecodeShape)]
-    for number, shape in enumerate(dict.fromkeys([*shapes, DecodeShape(16, 2, 2, 8)])):
+    for number, shape in enumerate(dict.fromkeys([*shapes, DecodeShape(4, 2, 4, 4)])):
         dtype, block = (("*bf16", 16), ("*fp16", 32), ("*bf16", 32), ("*fp16", 16))[number % 4]
         pointers = {"x_ptr": dtype, "y_ptr": dtype, "bias_ptr": dtype, "words_ptr": "*i16", "global_scale_ptr": "*fp32"}
         pointers["scales_ptr"] = "*i32" if block == 16 else "*i16"
-        tile = {"TOKENS": shape.tokens, "PARTS": shape.parts, "TILES": shape.tiles, "AHEAD": shape.ahead}
+        tile = {"TOKENS": shape.tokens, "PARTS": shape.parts, "TILES": shape.tiles}
         flags = {"BLOCK_SIZE": block, "SCALE_A_ROW": number % 2 == 0, "WHOLE": number % 3 == 0}
         yield _decode_kernel, pointers, {**tile, **flags, "num_warps": shape.warps}
 

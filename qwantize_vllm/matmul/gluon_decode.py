@@ -1,4 +1,4 @@
-"""Dequantize and multiply for at most 16 tokens, in Gluon: where reading W is the cost, and little else may be done.
+"""Dequantize and multiply for at most 4 tokens, in Gluon: where reading W is the cost, and little else may be done.
 
 y = x W' is computed as W x' from the layout of swizzle.py. Of each 16 bytes that a lane loads, a plane is its part of
 a left operand of mma.m16n8k16: 16 rows, 16 columns. All 16 columns share a block, so codes are multiplied as they are,
@@ -22,18 +22,11 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qwantize_vllm.matmul.gluon_fragments import scale_pairs
 from qwantize_vllm.matmul.gpu import Launch, launch_now
 from qwantize_vllm.matmul.swizzle import COLUMNS, SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import DecodeShape
-from qwantize_vllm.matmul.triton_fragments import (
-    TIMES_HIGH_BFLOAT16,
-    TIMES_HIGH_FLOAT16,
-    TIMES_LOW_BFLOAT16,
-    TIMES_LOW_FLOAT16,
-)
 
-MOST_TOKENS = 16
+MOST_TOKENS = 4
 
 
 def why_not_decode(x: torch.Tensor) -> str | None:
@@ -80,7 +73,6 @@ def matmul_decode(
         TOKENS=shape.tokens,
         PARTS=shape.parts,
         TILES=shape.tiles,
-        AHEAD=shape.ahead,
         SCALE_A_ROW=weight.global_scale.dim() == 1,
         WHOLE=k % (COLUMNS * shape.tiles * shape.warps) == 0,
         num_warps=shape.warps,
@@ -202,47 +194,40 @@ def _multiply(
     """totals plus the products of a step. x: see `_load_x`; column: the first that the lane needs."""
     words, scales = weight
     PLACES: gl.constexpr = len(factors)
-    if PLACES == 1:
-        for tile in gl.static_range(TILES):
-            pairs = _load_x(x, column, tile * 64, 4, WHOLE)
-            totals = _multiply_tile(totals, words, scales, pairs, tile, dtype, PARTS, BLOCK_SIZE)
-    else:
-        TURNS: gl.constexpr = TILES * 64 // BLOCK_SIZE // PLACES
-        # A lane's blocks follow each other; where it has two places, the blocks of both in turn.
-        SHARED: gl.constexpr = 2 if PLACES == 8 else 1
-        for turn in gl.static_range(TURNS):
-            pairs = _load_x(x, column, turn * SHARED * BLOCK_SIZE, BLOCK_SIZE // 16, WHOLE)
-            products = _zeros(PARTS, totals[0][0])
-            for j in gl.static_range(PLACES):
-                chosen = _choose(pairs, factors[j], dtype)
-                products = _multiply_block(
-                    products,
-                    words,
-                    chosen,
-                    (j // SHARED * TURNS + turn) * SHARED + j % SHARED,
-                    dtype,
-                    PARTS,
-                    BLOCK_SIZE // 16,
-                )
-            totals = _add_scaled(totals, products, scales, turn, SHARED, dtype, PARTS)
+    TURNS: gl.constexpr = TILES * 64 // BLOCK_SIZE // PLACES
+    # A lane's blocks follow each other; where it has two places, the blocks of both in turn.
+    SHARED: gl.constexpr = 2 if PLACES == 8 else 1
+    for turn in gl.static_range(TURNS):
+        pairs = _load_x(x, column, turn * SHARED * BLOCK_SIZE, BLOCK_SIZE // 16, WHOLE)
+        products = _zeros(PARTS, totals[0][0])
+        for j in gl.static_range(PLACES):
+            chosen = _choose(pairs, factors[j], dtype)
+            products = _multiply_block(
+                products,
+                words,
+                chosen,
+                (j // SHARED * TURNS + turn) * SHARED + j % SHARED,
+                dtype,
+                PARTS,
+                BLOCK_SIZE // 16,
+            )
+        totals = _add_scaled(totals, products, scales, turn, SHARED, dtype, PARTS)
     return totals
 
 
 @gluon.jit
 def _load_x(x, column, START: gl.constexpr, PLANES: gl.constexpr, WHOLE: gl.constexpr):
-    """Of each plane of a block and each tile of 8 tokens two pairs, the lane's part of a right operand. START: of the
-    block, from `column` on, the first that the lane needs of the step."""
-    pointers, k = x
+    """Of each plane of a block two pairs, the lane's part of a right operand. START: of the block, from `column` on,
+    the first that the lane needs of the step."""
+    pointer, k = x
     pairs = ()
     for plane in gl.static_range(PLANES):
-        for neighbour in gl.static_range(len(pointers)):
-            for half in gl.static_range(2):
-                where = column + (START + 16 * plane + 8 * half)
-                pointer = pointers[neighbour] + where // 2
-                if WHOLE:
-                    pairs = pairs + (gl.load(pointer),)
-                else:
-                    pairs = pairs + (gl.load(pointer, mask=where < k, other=0),)
+        for half in gl.static_range(2):
+            where = column + (START + 16 * plane + 8 * half)
+            if WHOLE:
+                pairs = pairs + (gl.load(pointer + where // 2),)
+            else:
+                pairs = pairs + (gl.load(pointer + where // 2, mask=where < k, other=0),)
     return pairs
 
 
@@ -286,66 +271,6 @@ def _multiply_block(
 
 
 @gluon.jit
-def _multiply_tile(
-    totals,
-    words,
-    scales,
-    pairs,
-    TILE: gl.constexpr,
-    dtype: gl.constexpr,
-    PARTS: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr,
-):
-    """totals, of each part and tile of 8 tokens, plus the products of a tile, whose weights are scaled first."""
-    NEIGHBOURS: gl.constexpr = len(totals) // PARTS
-    sums = ()
-    for part in gl.static_range(PARTS):
-        upper = _tile_scales(scales[2 * part], TILE, dtype, BLOCK_SIZE)
-        lower = _tile_scales(scales[2 * part + 1], TILE, dtype, BLOCK_SIZE)
-        fresh = totals[part * NEIGHBOURS : (part + 1) * NEIGHBOURS]
-        for plane in gl.static_range(4):
-            a, b, c, d = words[TILE * PARTS + part]
-            operand = (
-                _scaled(a, upper, plane, dtype),
-                _scaled(b, lower, plane, dtype),
-                _scaled(c, upper, plane, dtype),
-                _scaled(d, lower, plane, dtype),
-            )
-            fresh = _mma_neighbours(fresh, operand, pairs, plane, dtype)
-        sums = sums + fresh
-    return sums
-
-
-@gluon.jit
-def _mma_neighbours(totals, operand, pairs, PLANE: gl.constexpr, dtype: gl.constexpr):
-    NEIGHBOURS: gl.constexpr = len(totals)
-    sums = ()
-    for each in gl.static_range(NEIGHBOURS):
-        first, second = pairs[2 * (PLANE * NEIGHBOURS + each)], pairs[2 * (PLANE * NEIGHBOURS + each) + 1]
-        sums = sums + (_mma(totals[each], operand, first, second, dtype),)
-    return sums
-
-
-@gluon.jit
-def _tile_scales(bytes_, TILE: gl.constexpr, dtype: gl.constexpr, BLOCK_SIZE: gl.constexpr):
-    """The pairs of scales of a tile's planes in dtype, from the bytes of a row."""
-    if BLOCK_SIZE == 16:
-        return scale_pairs(bytes_[TILE], dtype, BLOCK_SIZE)
-    else:
-        return scale_pairs(bytes_[TILE // 2] >> (16 * (TILE % 2)) & 0xFFFF, dtype, BLOCK_SIZE)
-
-
-@gluon.jit
-def _scaled(word, pairs, PLANE: gl.constexpr, dtype: gl.constexpr):
-    """Two codes of a plane times the scale of its block."""
-    LOW: gl.constexpr = TIMES_LOW_BFLOAT16 if dtype == gl.bfloat16 else TIMES_LOW_FLOAT16
-    HIGH: gl.constexpr = TIMES_HIGH_BFLOAT16 if dtype == gl.bfloat16 else TIMES_HIGH_FLOAT16
-    TIMES: gl.constexpr = HIGH if PLANE >= 2 else LOW
-    code = _plane(word, PLANE, dtype)
-    return gl.inline_asm_elementwise(TIMES, "=r,r,r", [code, pairs[PLANE % 2]], gl.uint32, True, 1)
-
-
-@gluon.jit
 def _add_scaled(
     totals, products, scales, TURN: gl.constexpr, SHARED: gl.constexpr, dtype: gl.constexpr, PARTS: gl.constexpr
 ):
@@ -385,14 +310,12 @@ def _decode_kernel(
     TOKENS: gl.constexpr,
     PARTS: gl.constexpr,
     TILES: gl.constexpr,
-    AHEAD: gl.constexpr,
     SCALE_A_ROW: gl.constexpr,
     WHOLE: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     dtype: gl.constexpr = x_ptr.dtype.element_ty
-    PLACES: gl.constexpr = 8 // TOKENS if TOKENS < 8 else 1
-    NEIGHBOURS: gl.constexpr = TOKENS // 8 if TOKENS > 8 else 1
+    PLACES: gl.constexpr = 8 // TOKENS
     BLOCKS: gl.constexpr = TILES * 64 // BLOCK_SIZE
     # Bytes of scales, one a block, that a lane has of a row: those of its places; at 8 places it has two.
     COUNT: gl.constexpr = BLOCKS // (PLACES if PLACES < 8 else 4)
@@ -410,10 +333,8 @@ def _decode_kernel(
     scales_address = scales_ptr.to(gl.int64) + group * ((tiles + 3) // 4) * (64 * ROW) + (row + r) * ROW + own
     place = (words_address, scales_address, tiles)
     # Column r: token r % TOKENS at place r / TOKENS.
-    x_pairs = ()
-    for each in gl.static_range(NEIGHBOURS):
-        token = gl.minimum(r % TOKENS + 8 * each, m - 1)
-        x_pairs = x_pairs + (x_ptr.to(gl.pointer_type(gl.int32)) + token.to(gl.int64) * (x_stride // 2),)
+    token = gl.minimum(r % TOKENS, m - 1)
+    x = (x_ptr.to(gl.pointer_type(gl.int32)) + token.to(gl.int64) * (x_stride // 2), k)
     if PLACES < 8:
         column = r // TOKENS * (COUNT * BLOCK_SIZE) + 2 * q
     else:
@@ -422,23 +343,12 @@ def _decode_kernel(
     factors = ()
     for j in gl.static_range(PLACES):
         factors = factors + (gl.where(r // TOKENS == j, ONE, 0),)
-    totals = _zeros(PARTS * NEIGHBOURS, thread.to(gl.float32))
-    x = (x_pairs, k)
-    turns = (tiles + TILES * num_warps - 1) // (TILES * num_warps)
-    if AHEAD:
-        weight = _load_weight(place, warp, TILES, PARTS, BLOCK_SIZE, COUNT, WHOLE)
-        for turn in range(0, turns):
-            step = turn * num_warps + warp
-            following = _load_weight(place, step + num_warps, TILES, PARTS, BLOCK_SIZE, COUNT, False)
-            start = column + step * (64 * TILES)
-            totals = _multiply(totals, weight, x, start, factors, dtype, TILES, PARTS, BLOCK_SIZE, WHOLE)
-            weight = following
-    else:
-        for turn in range(0, turns):
-            step = turn * num_warps + warp
-            weight = _load_weight(place, step, TILES, PARTS, BLOCK_SIZE, COUNT, WHOLE)
-            start = column + step * (64 * TILES)
-            totals = _multiply(totals, weight, x, start, factors, dtype, TILES, PARTS, BLOCK_SIZE, WHOLE)
+    totals = _zeros(PARTS, thread.to(gl.float32))
+    for turn in range(0, (tiles + TILES * num_warps - 1) // (TILES * num_warps)):
+        step = turn * num_warps + warp
+        weight = _load_weight(place, step, TILES, PARTS, BLOCK_SIZE, COUNT, WHOLE)
+        start = column + step * (64 * TILES)
+        totals = _multiply(totals, weight, x, start, factors, dtype, TILES, PARTS, BLOCK_SIZE, WHOLE)
     _finish(totals, y_ptr, global_scale, bias_ptr, first * 16, m, n, TOKENS, PARTS, num_warps)
 
 
@@ -469,23 +379,19 @@ def _finish(
     num_warps: gl.constexpr,
 ):
     """y = total * global_scale + bias, the total over warps and places."""
-    NEIGHBOURS: gl.constexpr = len(totals) // PARTS
     values = ()
     for each in gl.static_range(len(totals)):
         a, b, c, d = totals[each]
         values = values + (gl.join(gl.join(a, c), gl.join(b, d)),)
-    # warp, r, q; row of two, column of two; part, neighbour -> warp; part, row of two, r; neighbour, q, column of two
-    y = gl.permute(gl.reshape(_join_all(values), (num_warps, 8, 4, 2, 2, PARTS, NEIGHBOURS)), (0, 5, 3, 1, 6, 2, 4))
-    if TOKENS < 8:
-        y = gl.sum(gl.reshape(y, (num_warps, 16 * PARTS, 8 // TOKENS, TOKENS)), 2)
+    # warp, r, q; row of two, column of two; part -> warp; part, row of two, r; q, column of two
+    y = gl.permute(gl.reshape(_join_all(values), (num_warps, 8, 4, 2, 2, PARTS)), (0, 5, 3, 1, 2, 4))
+    y = gl.sum(gl.reshape(y, (num_warps, 16 * PARTS, 8 // TOKENS, TOKENS)), 2)
     y = gl.sum(gl.reshape(y, (num_warps, 16 * PARTS, TOKENS)), 0)
     row = first_row + gl.arange(0, 16 * PARTS, gl.SliceLayout(1, y.type.layout))
     token = gl.arange(0, TOKENS, gl.SliceLayout(0, y.type.layout))
     there = row < n
     # What codes, scales and factors leave to be multiplied.
-    BFLOAT16: gl.constexpr = 2.0**-12 if TOKENS < 8 else 2.0**8
-    FLOAT16: gl.constexpr = 2.0**4 if TOKENS < 8 else 2.0**7
-    RESCALE: gl.constexpr = BFLOAT16 if y_ptr.dtype.element_ty == gl.bfloat16 else FLOAT16
+    RESCALE: gl.constexpr = 2.0**-12 if y_ptr.dtype.element_ty == gl.bfloat16 else 2.0**4
     if global_scale.dtype.is_ptr():
         y *= (gl.load(global_scale + row, mask=there, other=0.0) * RESCALE)[:, None]
     else:

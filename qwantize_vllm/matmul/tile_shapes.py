@@ -22,15 +22,13 @@ class TileShape(NamedTuple):
 
 
 class DecodeShape(NamedTuple):
-    """Of the kernel of gluon_decode.py: a program's tile of the result, 16*parts rows of W by so many tokens (1, 2, 4,
-    8 or 16). Its warps share the columns of W; each takes so many tiles of 64 at a time, and with `ahead` loads the
-    next ones before it multiplies."""
+    """Of the kernel of gluon_decode.py: a program's tile of the result, 16*parts rows of W by so many tokens (1, 2 or
+    4). Its warps share the columns of W; each takes so many tiles of 64 at a time."""
 
     tokens: int
     parts: int
     tiles: int
     warps: int
-    ahead: bool = False
 
 
 class Wgmma(enum.Enum):

@@ -78,21 +78,19 @@ class Load:
     new_tokens: int
 
 
-def measure(
-    config: dict[str, Any], directory: Path, quantization: str | None, loads: list[Load], options: dict[str, Any]
-) -> list[float]:
+def measure(config: dict[str, Any], directory: Path, loads: list[Load], options: dict[str, Any]) -> list[float]:
     """Median seconds of three runs of each load, in an engine of its own process.
 
     config: the model's. directory: receives it. options: further arguments of `vllm.LLM`.
     """
     (directory / "config.json").write_text(json.dumps(config))
-    return in_own_process(_measure, str(directory), quantization, loads, options)
+    return in_own_process(_measure, str(directory), loads, options)
 
 
-def _measure(model: str, quantization: str | None, loads: list[Load], options: dict[str, Any]) -> list[float]:
+def _measure(model: str, loads: list[Load], options: dict[str, Any]) -> list[float]:
     random_weights = {"load_format": "dummy", "skip_tokenizer_init": True, "enable_prefix_caching": False}
     seconds = []
-    with engine(model=model, quantization=quantization, **random_weights, **options) as llm:
+    with engine(model=model, **random_weights, **options) as llm:
         vocabulary = llm.llm_engine.model_config.get_vocab_size()
         for load in loads:
             run_load(llm, load, vocabulary)  # warms up

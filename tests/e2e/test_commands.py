@@ -60,10 +60,14 @@ def test_eval_compares_settings_with_bf16_window_by_window(smollm2, tmp_path):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_serve_times_every_load_with_both_methods(tmp_path):
+def test_bench_serve_times_every_load_with_every_method(tmp_path):
     out = tmp_path / "bench.json"
-    options = ["--shape", "tiny", "--new-tokens", "4", "--prefill-tokens", "32", "--eager"]
+    options = ["--shape", "tiny", "--new-tokens", "4", "--prefill-tokens", "32", "--eager", "--backend", "reference"]
     printed = qwantize("bench", "serve", *options, "--out", out)
     assert "batch 32" in printed
     seconds = json.loads(out.read_text())["seconds"]
-    assert [len(seconds[method]) for method in ("bf16", "qwantize")] == [3, 3]
+    assert {method: len(each) for method, each in seconds.items()} == {
+        "bf16": 3,
+        "qwantize": 3,
+        "qwantize, reference": 3,
+    }

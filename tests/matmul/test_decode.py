@@ -27,10 +27,9 @@ RULED = dict.fromkeys(rule.shape for rule in RULES[9] if isinstance(rule.shape, 
 # And what else a shape can be.
 SHAPES = [
     *RULED,
-    DecodeShape(1, 1, 4, 8, True),
+    DecodeShape(1, 2, 4, 2),
     DecodeShape(4, 4, 4, 1),
-    DecodeShape(16, 4, 1, 2),
-    DecodeShape(16, 2, 2, 8),
+    DecodeShape(4, 2, 4, 4),
 ]
 
 
@@ -64,7 +63,7 @@ def test_sizes_of_real_layers(shape, n, k):
 
 @hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 2, 4, 8])
+@pytest.mark.parametrize("m", [1, 2, 4])
 def test_rows_may_have_global_scales_of_their_own(m):
     x, q = make("cuda", 136, 96, m, torch.float16)
     factor = torch.linspace(0.5, 2, 136, device="cuda")
@@ -112,10 +111,9 @@ def test_why_not():
     x = torch.zeros(4, 128, dtype=torch.float16)
     assert why_not_decode(x) is None
     assert why_not_decode(x[:, 2:66]) is None
-    assert why_not_decode(x.expand(16, -1, -1).reshape(-1, 128)[:16]) is None
     for wrong in (x[:, ::2], x[:, 1:65], torch.zeros(4, 65, dtype=torch.float16)[:, :64]):
         assert "rows of x" in why_not_decode(wrong)
-    assert "at most 16 tokens, got 17" in why_not_decode(torch.zeros(17, 64))
+    assert "at most 4 tokens, got 5" in why_not_decode(torch.zeros(5, 64))
 
 
 @pytest.mark.parametrize(("groups", "tiles"), [(1, 1), (64, 64), (64, 224), (448, 64)])

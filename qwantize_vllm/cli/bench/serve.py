@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from qwantize_vllm.settings import resolve_settings
+
 if TYPE_CHECKING:
     from qwantize_vllm.plugin.throughput import Load
-
-_METHODS = {"bf16": None, "qwantize": "qwantize"}
 
 
 def bench_serve(
@@ -24,6 +24,10 @@ def bench_serve(
     layers: Annotated[
         int | None,
         typer.Option(min=1, help="Fewer layers than the shape has: where bf16 needs more memory than is there."),
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Also with this value of the setting backend, such as marlin or humming; repeat it."),
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated for each request.")] = 256,
     prefill_tokens: Annotated[int, typer.Option(help="Prompt of the prefill measurement.")] = 4096,
@@ -35,16 +39,17 @@ def bench_serve(
 
     if shape not in SHAPES:
         raise typer.BadParameter(f"--shape must be one of {list(SHAPES)}, got {shape!r}")
+    methods = _methods(backend or [])
     config = SHAPES[shape] if layers is None else SHAPES[shape] | {"num_hidden_layers": layers}
     loads = [Load(1, 16, new_tokens), Load(32, 16, new_tokens), Load(1, prefill_tokens, 1)]
     engine = {"max_model_len": max(16 + new_tokens, prefill_tokens + 1), "enforce_eager": eager}
     seconds: dict[str, list[float]] = {}
     console = Console()
-    for name, method in _METHODS.items():
+    for name, method in methods.items():
         with tempfile.TemporaryDirectory() as directory:
             try:
-                seconds[name] = measure(config, Path(directory), method, loads, engine)
-            except Exception as error:  # of any engine; the other method's figures are worth having
+                seconds[name] = measure(config, Path(directory), loads, engine | method)
+            except Exception as error:  # of any engine; the other methods' figures are worth having
                 console.print(f"{name} failed: {type(error).__name__}: {error}", markup=False)
                 continue
         figures = (f"{label} {figure:.1f}" for label, figure in map(_figure, loads, seconds[name]))
@@ -54,8 +59,21 @@ def bench_serve(
     if out:
         record = {"shape": shape, "layers": config["num_hidden_layers"], "seconds": seconds}
         out.write_text(json.dumps(record | {"loads": [vars(load) for load in loads]}) + "\n")
-    if len(seconds) < len(_METHODS):
+    if len(seconds) < len(methods):
         raise typer.Exit(1)
+
+
+def _methods(backends: list[str]) -> dict[str, dict[str, Any]]:
+    """Arguments of `vllm.LLM`, by the name that their figures have."""
+    methods: dict[str, dict[str, Any]] = {"bf16": {}, "qwantize": {"quantization": "qwantize"}}
+    for backend in backends:
+        try:
+            resolve_settings({"--backend": {"backend": backend}})
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        given = {"additional_config": {"qwantize": {"backend": backend}}}
+        methods[f"qwantize, {backend}"] = {"quantization": "qwantize"} | given
+    return methods
 
 
 def _table(title: str, loads: list[Load], seconds: dict[str, list[float]]) -> Table:
