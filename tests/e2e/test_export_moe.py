@@ -345,6 +345,7 @@ def test_two_ranks_share_the_rows_and_columns_out(engines, exported, served):
     assert token_ids(two) == token_ids(served("mixtral"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 def test_two_ranks_share_the_experts_out_that_other_tools_wrote(engines, exported, served, tmp_path):
     """With activations of four bits too, which is said, and with global scales of gate and up that differ, which stay

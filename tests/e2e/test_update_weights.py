@@ -109,6 +109,7 @@ def test_what_is_served_is_what_a_fresh_start_serves(engines, tiny, other, fresh
     assert first["addresses"] == changed["addresses"] == back["addresses"]
 
 
+@pytest.mark.slow
 def test_experts_are_updated_too(engines, tmp_path):
     checkpoints = [write_moe(tmp_path / str(seed), QWEN3, seed) for seed in range(2)]
     use = functools.partial(update_twice, folders=[str(checkpoints[1])])
