@@ -6,6 +6,7 @@ Run with vLLM's CUDA build on two GPUs; -s shows how far they are apart: pytest 
 from __future__ import annotations
 
 import functools
+import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,8 +64,15 @@ def ask(llm: Any, sequences: Sequence[Sequence[int]] = ()) -> dict[str, Any]:
         "completions": completions,
         "scores": score(llm, [list(sequence) for sequence in sequences]) if sequences else [],
         "own_scores": score(llm, own),
-        "models": llm.apply_model(plain_tensors),
+        "models": [torch.load(io.BytesIO(saved)) for saved in llm.apply_model(saved_tensors)],
     }
+
+
+def saved_tensors(model: torch.nn.Module) -> bytes:
+    """`plain_tensors` in a form that vLLM can bring from another process: pickle does not take float8."""
+    file = io.BytesIO()
+    torch.save(plain_tensors(model), file)
+    return file.getvalue()
 
 
 def start(checkpoint: Path, folder: Path, use: Any, **arguments: Any) -> Outcome:
@@ -75,6 +83,7 @@ def start(checkpoint: Path, folder: Path, use: Any, **arguments: Any) -> Outcome
         quantization="qwantize",
         skip_tokenizer_init=True,
         gpu_memory_utilization=0.3,
+        kv_cache_memory_bytes=2**30,  # given, so that tests side by side do not disturb each other's profile
         **arguments,
     )
     assert outcome.exit_code == 0, outcome.log[-8000:]
