@@ -146,7 +146,7 @@ def wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
             "words_desc": f"tensordesc<i16[16, 256],{FLAT_LAYOUTS[torch.int16]!r}>",
             "scales_desc": f"tensordesc<i{8 * scales.itemsize}[1, 256],{FLAT_LAYOUTS[scales]!r}>",
             "y_desc": x,
-            **{"global_scale_ptr": "*fp32", "bias_ptr": f"*{dtype}", "partial_ptr": "*fp32", "arrived_ptr": "*i32"},
+            **{"global_scale_ptr": "*fp32", "bias_ptr": f"*{dtype}", "sums_ptr": "*i32"},
         }
         names = {"TOKENS": shape.tokens, "GROUPS": shape.groups, "X_TILES": shape.x_tiles}
         stages = {"X_STAGES": shape.x_stages, "STAGES": shape.stages}

@@ -5,11 +5,15 @@ and the producer loads the next one's operands while the consumers store the las
 shared memory, which transposes it).
 
 Tiles of the result seldom fill the last round of all multiprocessors. Where that leaves room, the tiles of the last
-round are cut along K; the program that comes last to a tile adds the partial sums in the order of the slices, so the
-result does not change from run to run.
+round are cut along K. The program with the last slice waits for the sums of the others (partial_sums.py) and adds them
+in the order of the slices, so the result does not change from run to run. Only it waits, and it is the last one of its
+tile to be started: whatever else the GPU has to do, those that it waits for will end.
 """
 
 from __future__ import annotations
+
+import functools
+import logging
 
 import torch
 import triton
@@ -28,10 +32,13 @@ from qwantize_vllm.matmul.gluon_pipeline import (
     weight_descriptors,
 )
 from qwantize_vllm.matmul.gpu import Launch, launch_now, multiprocessors
+from qwantize_vllm.matmul.partial_sums import area_of_stream
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
-from qwantize_vllm.matmul.wgmma_shapes import WgmmaShape, choose_wgmma_shape, rounds
+from qwantize_vllm.matmul.wgmma_shapes import STEPS, WgmmaShape, choose_wgmma_shape, rounds
 
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name in Triton 3.6
+logger = logging.getLogger(__name__)
+
+_LARGEST_TILE = max(shape.tokens * shape.groups * 64 for shape in STEPS)
 
 
 def why_not_wgmma(x: torch.Tensor, weight: SwizzledNvfp4) -> str | None:
@@ -56,7 +63,6 @@ def matmul_wgmma(
     bias: (N,), any float dtype, or None. shape: default the one that wgmma_shapes.py chooses.
     launch: what else to do with the kernel than to run it (compile_ahead.py).
 
-    Not for two streams at once with one weight: they would share `weight.arrived`.
     """
     m, n = x.shape[0], weight.shape[0]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -67,9 +73,10 @@ def matmul_wgmma(
     shape = shape or choose_wgmma_shape(m, groups, tiles, programs)
     token_tiles, row_tiles = triton.cdiv(m, shape.tokens), triton.cdiv(groups, shape.groups)
     whole, last, splits = rounds(shape, m, groups, tiles, programs)
-    partial = torch.empty(
-        last * splits * shape.groups * 64 * shape.tokens if splits > 1 else 0, dtype=torch.float32, device=x.device
-    )
+    sums = area_of_stream(x.device, programs * _LARGEST_TILE) if splits > 1 else None
+    if splits > 1 and sums is None:
+        splits = 1
+        _tell_no_area()
     works = whole + last * splits
     launch(
         _wgmma_kernel,
@@ -79,8 +86,7 @@ def matmul_wgmma(
         TensorDescriptor(y, [m, n], [n, 1], [shape.tokens, 64], X_LAYOUT),
         weight.global_scale,
         bias,
-        partial,
-        weight.arrived,
+        weight.arrived if sums is None else sums,  # of the type that the kernel is compiled for
         n,
         tiles,
         chunks,
@@ -99,6 +105,14 @@ def matmul_wgmma(
         num_warps=4,
     )
     return y
+
+
+@functools.cache
+def _tell_no_area() -> None:
+    logger.warning(
+        "a CUDA graph is captured on a stream that has run no product yet: products whose K would be cut into slices "
+        "are captured whole, which is slower; run the model once on that stream before"
+    )
 
 
 @gluon.jit
@@ -135,7 +149,7 @@ def _produce(operands, buffers, extent):
 
 
 @gluon.jit
-def _consume(buffers, extent, result, partials, PART: gl.constexpr, BLOCK_SIZE: gl.constexpr):
+def _consume(buffers, extent, result, sums_ptr, PART: gl.constexpr, BLOCK_SIZE: gl.constexpr):
     works = extent[3]
     TOKENS: gl.constexpr = buffers[0].shape[1]
     GROUPS: gl.constexpr = buffers[1].shape[0] // buffers[5].shape[0]
@@ -143,31 +157,81 @@ def _consume(buffers, extent, result, partials, PART: gl.constexpr, BLOCK_SIZE: 
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
         token, row, start, end, split, parts, cut = _place(work, extent, TOKENS)
         total, turn = multiply_chunks(buffers, start, end, turn, PART, BLOCK_SIZE)
-        group = row * GROUPS + PART
-        if parts > 1:
-            _finish_slice(total, result, partials, group, token * TOKENS, split, parts, cut * GROUPS + PART)
+        first = cut * (parts - 1) * GROUPS + PART
+        if split + 1 < parts:
+            _leave(total, sums_ptr, first + split * GROUPS)
         else:
-            _finish(total, result, group, token * TOKENS)
+            for other in range(parts - 1):
+                total = _add_left(total, sums_ptr, first + other * GROUPS, TOKENS > 128)
+            _finish(total, result, row * GROUPS + PART, token * TOKENS)
     tma.store_wait(0)
 
 
+# Four words of a thread: of two tokens and two rows that are next to each other in its registers.
+_LEAVE = gl.constexpr(
+    "{ .reg .b64 a; .reg .u32 b<4>; cvt.u64.u32 a, $9; add.s64 a, a, $5; min.u32 b0, $1, 0xfffffffe; "
+    "min.u32 b1, $2, 0xfffffffe; min.u32 b2, $3, 0xfffffffe; min.u32 b3, $4, 0xfffffffe; "
+    "st.relaxed.gpu.global.v4.b32 [a], {b0, b1, b2, b3}; mov.u32 $0, 0; }"
+)
+_READ = gl.constexpr(
+    "{ .reg .b64 a; cvt.u64.u32 a, $8; add.s64 a, a, $4; ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [a]; }"
+)
+_EMPTY_AGAIN = gl.constexpr(
+    "{ .reg .b64 a; .reg .u32 b; cvt.u64.u32 a, $5; add.s64 a, a, $1; mov.u32 b, 0xffffffff; "
+    "st.relaxed.gpu.global.v4.b32 [a], {b, b, b, b}; mov.u32 $0, 0; }"
+)
+
+
 @gluon.jit
-def _finish_slice(total, result, partials, group, token, split, parts, place):
-    """Leave the sum of a slice of K for the program that comes last; that one adds all and stores the result."""
-    partial_ptr, arrived_ptr = partials
-    TOKENS: gl.constexpr = total.shape[1]
-    MMA: gl.constexpr = total.type.layout
-    inner = gl.arange(0, 64, gl.SliceLayout(1, MMA))[:, None] * TOKENS
-    inner += gl.arange(0, TOKENS, gl.SliceLayout(0, MMA))[None, :]
-    partial_ptr += place.to(gl.int64) * parts * (64 * TOKENS)
-    gl.store(partial_ptr + split * (64 * TOKENS) + inner, total)
-    _barrier()
-    if gl.atomic_add(arrived_ptr + place, 1, sem="acq_rel") == parts - 1:
-        total = gl.zeros((64, TOKENS), gl.float32, MMA)
-        for part in range(parts):
-            total += gl.load(partial_ptr + part * (64 * TOKENS) + inner, cache_modifier=".cg")
-        gl.store(arrived_ptr + place, 0)
-        _finish(total, result, group, token)
+def _words(sums_ptr, place, like):
+    """Addresses of words for sums (64, tokens) of a slice and a consumer: where those of a thread begin, and bytes from
+    there on. Each group of four words has one: a warp then moves 512 bytes in a row."""
+    TOKENS: gl.constexpr = like.shape[1]
+    LAYOUT: gl.constexpr = like.type.layout
+    row = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None]
+    token = gl.arange(0, TOKENS, gl.SliceLayout(0, LAYOUT))[None, :]
+    thread = (row & 7) * 4 + (row // 16) * 32 + token // 2 % 4
+    start = sums_ptr.to(gl.int64) + place.to(gl.int64) * (64 * TOKENS * 4)
+    start, inside = gl.broadcast(start + thread.to(gl.int64) * 16, token // 8 * 2048 + row * 0)
+    return start, inside
+
+
+@gluon.jit
+def _leave(total, sums_ptr, place):
+    """Leave the sums of a slice of K for the program that has the last one; none of them is EMPTY."""
+    start, inside = _words(sums_ptr, place, total)
+    words = total.to(gl.int32, bitcast=True)
+    ASM: gl.constexpr = "=r,r,r,r,r,l,l,l,l,r,r,r,r"
+    gl.inline_asm_elementwise(_LEAVE, ASM, [words, start, inside], gl.int8, is_pure=False, pack=4)
+
+
+@gluon.jit
+def _add_left(total, sums_ptr, place, TWICE: gl.constexpr):
+    """total and what a program leaves at `place`, once all of it is there. TWICE: read it again to add it, for want of
+    registers that could keep it."""
+    start, inside = _words(sums_ptr, place, total)
+    words = _read(start, inside)
+    if TWICE:
+        while _are_missing(words):
+            words = _read(start, inside)
+        words = _read(start, inside)
+    else:
+        while _are_missing(words):
+            words = _read(start, inside)
+    ASM: gl.constexpr = "=r,l,l,l,l,r,r,r,r"
+    gl.inline_asm_elementwise(_EMPTY_AGAIN, ASM, [start, inside], gl.int8, is_pure=False, pack=4)
+    return total + words.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _are_missing(words):
+    return gl.max(gl.max(words.to(gl.uint32, bitcast=True), 1), 0) == 0xFFFFFFFF
+
+
+@gluon.jit
+def _read(start, inside):
+    ASM: gl.constexpr = "=r,=r,=r,=r,l,l,l,l,r,r,r,r"
+    return gl.inline_asm_elementwise(_READ, ASM, [start, inside], gl.int32, is_pure=False, pack=4)
 
 
 @gluon.jit
@@ -198,8 +262,7 @@ def _wgmma_kernel(
     y_desc,
     global_scale_ptr,
     bias_ptr,
-    partial_ptr,
-    arrived_ptr,
+    sums_ptr,
     n,
     tiles,
     chunks,
@@ -221,14 +284,13 @@ def _wgmma_kernel(
     buffers = make_buffers(operands, GROUPS, X_TILES, X_STAGES, STAGES)
     y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS, TOKENS, 64], y_desc.layout)
     extent = (tiles, chunks, whole, works, token_tiles, row_tiles, splits)
-    partials = (partial_ptr, arrived_ptr)
     first = (y_desc, y_bufs.index(0), global_scale_ptr, global_scale_stride, bias_ptr, n)
     second = (y_desc, y_bufs.index(1), global_scale_ptr, global_scale_stride, bias_ptr, n)
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (buffers, extent, first, partials, 0, BLOCK_SIZE)),
-                (_consume, (buffers, extent, second, partials, 1, BLOCK_SIZE)),
+                (_consume, (buffers, extent, first, sums_ptr, 0, BLOCK_SIZE)),
+                (_consume, (buffers, extent, second, sums_ptr, 1, BLOCK_SIZE)),
                 (_produce, (operands, buffers, extent)),
             ],
             [4, 1],
@@ -238,9 +300,9 @@ def _wgmma_kernel(
         third = (y_desc, y_bufs.index(2), global_scale_ptr, global_scale_stride, bias_ptr, n)
         gl.warp_specialize(
             [
-                (_consume, (buffers, extent, first, partials, 0, BLOCK_SIZE)),
-                (_consume, (buffers, extent, second, partials, 1, BLOCK_SIZE)),
-                (_consume, (buffers, extent, third, partials, 2, BLOCK_SIZE)),
+                (_consume, (buffers, extent, first, sums_ptr, 0, BLOCK_SIZE)),
+                (_consume, (buffers, extent, second, sums_ptr, 1, BLOCK_SIZE)),
+                (_consume, (buffers, extent, third, sums_ptr, 2, BLOCK_SIZE)),
                 (_produce, (operands, buffers, extent)),
             ],
             [4, 4, 1],

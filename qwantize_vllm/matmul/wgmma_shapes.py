@@ -44,8 +44,8 @@ STEPS = {
     WgmmaShape(128, 3, 2, 2, 3): 0.522,
     WgmmaShape(256, 2, 1, 3, 3): 0.660,
 }
-# Microseconds for 64 rows and one token of a tile: to store them, to leave a slice's sums to another program, and for
-# that one to add those of each slice.
+# Microseconds for 64 rows and one token of a tile: to store them; where K is cut, to leave a slice's sums to another
+# program, and for that one to add those of each slice but its own.
 _STORE, _LEAVE, _ADD = 0.0037, 0.010, 0.0068
 
 
@@ -67,5 +67,5 @@ def estimate(shape: WgmmaShape, tokens: int, groups: int, tiles: int, programs: 
     whole, last, splits = rounds(shape, tokens, groups, tiles, programs)
     size = shape.tokens * shape.groups
     full = tiles * STEPS[shape] + size * _STORE
-    rest = tiles * STEPS[shape] / splits + size * (_STORE if splits == 1 else _LEAVE + splits * _ADD)
+    rest = tiles * STEPS[shape] / splits + size * (_STORE + (_LEAVE + (splits - 1) * _ADD if splits > 1 else 0))
     return whole // programs * full + (rest if last else 0.0)

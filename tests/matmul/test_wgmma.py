@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from qwantize_vllm import matmul_nvfp4, quantize_nvfp4
-from qwantize_vllm.matmul import backends
+from qwantize_vllm.matmul import backends, gluon_wgmma, partial_sums
 from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma, why_not_wgmma
 from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.matmul.tile_shapes import DecodeShape, TileShape, Wgmma, choose_shape
@@ -39,7 +39,7 @@ def test_product_against_float64(shape, dtype, block_size, n, k, m, with_bias):
     weight = swizzle(q)
     y = matmul_wgmma(x, weight, bias, shape)
     assert relative_error(y, exact_product(x, q, bias)) < TOLERANCE[dtype]
-    assert not weight.arrived.any()
+    assert_areas_are_empty()
 
 
 @hopper
@@ -56,6 +56,92 @@ def test_sizes_of_real_layers(shape, m, n, k):
     assert relative_error(y, exact_product(x, q, None)) < TOLERANCE[torch.bfloat16]
     for _ in range(20):
         assert torch.equal(matmul_wgmma(x, weight, None, shape), y)
+    assert_areas_are_empty()
+
+
+def assert_areas_are_empty():
+    torch.cuda.synchronize()
+    areas = partial_sums._areas(torch.device("cuda", torch.cuda.current_device()))
+    assert all((area == partial_sums.EMPTY).all() for area in (*areas.of_streams.values(), areas.spare))
+
+
+# K is cut in two: (rows of x, N, K) on 132 multiprocessors.
+CUT = (256, 4096, 4096)
+
+
+@hopper
+@pytest.mark.gpu
+def test_sums_that_are_no_numbers_keep_nobody_waiting():
+    """Each bit pattern of a NaN that a sum can be left with, and infinities, among numbers."""
+    m, n, k = CUT
+    x, q = make("cuda", n, k, m, torch.bfloat16)
+    x[3] = float("nan")
+    x[5, ::2] = float("inf")
+    x[7] = torch.tensor(-1, dtype=torch.int16).view(torch.bfloat16)
+    y = matmul_wgmma(x, swizzle(q), None, SHAPES[2])
+    torch.cuda.synchronize()
+    assert y[[3, 5, 7]].isnan().all()
+    assert y[[0, 1, 2, 4, 6]].isfinite().all()
+    assert_areas_are_empty()
+
+
+@hopper
+@pytest.mark.gpu
+def test_each_stream_has_sums_of_its_own():
+    """Products on two streams at once, and in a graph of each, which are replayed one after the other."""
+    m, n, k = CUT
+    cases = [make("cuda", n, k, m, torch.bfloat16) for _ in range(2)]
+    weights = [swizzle(q) for _, q in cases]
+    expected = [matmul_wgmma(x, weight, None, SHAPES[2]) for (x, _), weight in zip(cases, weights, strict=True)]
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    results = [[] for _ in cases]
+    for _ in range(50):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[i].append(matmul_wgmma(cases[i][0], weights[i], None, SHAPES[2]))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected[i]) for i, each in enumerate(results) for y in each)
+    graphs, outputs = [torch.cuda.CUDAGraph() for _ in cases], []
+    for i, stream in enumerate(streams):
+        with torch.cuda.graph(graphs[i], stream=stream):
+            outputs.append(matmul_wgmma(cases[i][0], weights[i], None, SHAPES[2]))
+    for _ in range(3):
+        for graph, output, each in zip(graphs, outputs, expected, strict=True):
+            output.zero_()
+            graph.replay()
+            assert torch.equal(output, each)
+    assert_areas_are_empty()
+
+
+@hopper
+@pytest.mark.gpu
+def test_a_stream_first_met_while_it_captures(caplog):
+    """The first one gets the spare area; the next one's product is captured whole, and the log says so."""
+    m, n, k = CUT
+    x, q = make("cuda", n, k, m, torch.bfloat16)
+    weight = swizzle(q)
+    expected = matmul_wgmma(x, weight, None, SHAPES[2])
+    gluon_wgmma._tell_no_area.cache_clear()
+    outputs, graphs = [], [torch.cuda.CUDAGraph() for _ in range(2)]
+    streams = unknown_streams(2)
+    with caplog.at_level(logging.WARNING):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.graph(graph, stream=stream):
+                outputs.append(matmul_wgmma(x, weight, None, SHAPES[2]))
+    assert "captured whole" in caplog.text
+    for graph in graphs:
+        graph.replay()
+    assert torch.equal(outputs[0], expected)
+    assert relative_error(outputs[1], exact_product(x, q, None)) < TOLERANCE[torch.bfloat16]
+    matmul_wgmma(x, weight, None, SHAPES[2])  # makes a spare area again
+    assert_areas_are_empty()
+
+
+def unknown_streams(count):
+    known = partial_sums._areas(torch.device("cuda", torch.cuda.current_device())).of_streams
+    streams = [torch.cuda.Stream() for _ in range(32)]
+    return [stream for stream in streams if stream.cuda_stream not in known][:count]
 
 
 @hopper
@@ -98,6 +184,24 @@ def test_why_not():
     assert "rows of x" in why_not_wgmma(torch.zeros(4, 68, dtype=torch.float16)[:, :64], weight)
     assert "rows of x" in why_not_wgmma(torch.zeros(4, 72, dtype=torch.float16)[:, 1:65], weight)
     assert "multiple of 8" in why_not_wgmma(x, swizzle(quantize_nvfp4(torch.randn(70, 64))))
+
+
+def test_one_compiled_kernel_serves_products_cut_or_not(monkeypatch):
+    """And where a graph is captured on a stream without an area, the product is whole."""
+    area = torch.zeros(1, dtype=torch.int32)
+    weight = swizzle(quantize_nvfp4(torch.randn(64 * 32, 64 * 64).bfloat16()))
+    monkeypatch.setattr(gluon_wgmma, "multiprocessors", lambda device: 132)
+    launches = {}
+    for name, given, tokens in (("cut", area, 128), ("without an area", None, 128), ("whole", None, 128 * 5)):
+        monkeypatch.setattr(gluon_wgmma, "area_of_stream", lambda device, words, given=given: given)
+        x = torch.zeros(tokens, 64 * 64, dtype=torch.bfloat16)
+        matmul_wgmma(
+            x, weight, None, SHAPES[2], lambda kernel, grid, *args, name=name, **_: launches.update({name: args})
+        )
+    kinds = {tuple(getattr(a, "dtype", type(a)) for a in arguments) for arguments in launches.values()}
+    assert len(kinds) == 1
+    splits = {name: arguments[-2] for name, arguments in launches.items()}
+    assert splits == {"cut": 4, "without an area": 1, "whole": 1}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
