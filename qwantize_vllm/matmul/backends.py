@@ -16,7 +16,7 @@ from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.cpu import matmul_cpu
 from qwantize_vllm.matmul.cpu_fused import matmul_cpu_fused, why_not_fused
 from qwantize_vllm.matmul.experts import SwizzledExperts
-from qwantize_vllm.matmul.gpu import capability_major
+from qwantize_vllm.matmul.gpu import Launch, capability_major, launch_now
 from qwantize_vllm.matmul.grouped_shapes import WGMMA_PAIRS
 from qwantize_vllm.matmul.reference import matmul_reference
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
@@ -102,12 +102,16 @@ SWIZZLED_BACKENDS = ("auto", "swizzled", "unswizzled", "batch_invariant")
 
 
 def run_swizzled(
-    x: torch.Tensor, weight: SwizzledNvfp4, bias: torch.Tensor | None, backend: str = "auto"
+    x: torch.Tensor,
+    weight: SwizzledNvfp4,
+    bias: torch.Tensor | None,
+    backend: str = "auto",
+    launch: Launch = launch_now,
 ) -> torch.Tensor:
     """x (M, K) times a swizzled weight.
 
     backend: "swizzled" dequantizes inside the product, "unswizzled" before it; "auto" takes what is faster for so many
-    tokens, and "batch_invariant" gives a row the same bits whatever the others are.
+    tokens, and "batch_invariant" gives a row the same bits whatever the others are. launch: for all but "unswizzled".
     """
     from qwantize_vllm.matmul.triton_swizzled import matmul_swizzled
     from qwantize_vllm.matmul.triton_unswizzle import matmul_unswizzled
@@ -115,7 +119,7 @@ def run_swizzled(
     if reason := BACKENDS["fused"].why_not(x):
         raise ValueError(f"a swizzled weight {reason}")
     if backend == "batch_invariant":
-        return matmul_swizzled(x, weight, bias, ANY_TOKENS, split=False)
+        return matmul_swizzled(x, weight, bias, ANY_TOKENS, split=False, launch=launch)
     major, (groups, tiles) = capability_major(x.device), weight.words.shape[:2]
     shape = choose_shape(major, x.shape[0], groups, tiles, gluon=x.is_cuda)
     if shape is not None and (reason := why_not_gluon(x, weight, shape)):
@@ -124,14 +128,14 @@ def run_swizzled(
     if backend == "unswizzled" or (backend == "auto" and shape is None):
         return matmul_unswizzled(x, weight, bias)
     if shape is None or isinstance(shape, TileShape):
-        return matmul_swizzled(x, weight, bias, shape or ANY_TOKENS)
+        return matmul_swizzled(x, weight, bias, shape or ANY_TOKENS, launch=launch)
     if isinstance(shape, DecodeShape):
         from qwantize_vllm.matmul.gluon_decode import matmul_decode
 
-        return matmul_decode(x, weight, bias, shape)
+        return matmul_decode(x, weight, bias, shape, launch=launch)
     from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
 
-    return matmul_wgmma(x, weight, bias)
+    return matmul_wgmma(x, weight, bias, launch=launch)
 
 
 def run_experts(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.backends import BACKENDS, choose_backend, run_experts, run_swizzled
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.experts_cpu import experts_one_by_one, members_of
+from qwantize_vllm.matmul.gpu import Launch, launch_now
+from qwantize_vllm.matmul.replay import replay_or_run
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
 
 
@@ -35,9 +40,7 @@ def _(x: torch.Tensor, codes: torch.Tensor, *rest: object) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
-# `arrived` is not declared as mutated: it is scratch, zeros before and after.
-@torch.library.custom_op("qwantize::matmul_swizzled", mutates_args=())
-def matmul_swizzled_op(
+def _matmul_swizzled(
     x: torch.Tensor,
     words: torch.Tensor,
     scales: torch.Tensor,
@@ -49,13 +52,22 @@ def matmul_swizzled_op(
     backend: str,
 ) -> torch.Tensor:
     """x (..., K) times the swizzled NVFP4 weight (N, K) -> (..., N); see `matmul_nvfp4`, which checks the arguments."""
-    weight = SwizzledNvfp4(words, scales, global_scale, arrived, (n, x.shape[-1]), block_size)
-    flat = x.reshape(-1, x.shape[-1])
-    return run_swizzled(flat, weight, bias, backend).view(*x.shape[:-1], n)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+    def run(launch: Launch) -> torch.Tensor:
+        weight = SwizzledNvfp4(words, scales, global_scale, arrived, (n, x.shape[-1]), block_size)
+        return run_swizzled(flat, weight, bias, backend, launch)
+
+    if flat.is_cuda:
+        inputs = (flat, words, scales, global_scale, arrived, bias)
+        kinds = [(each.shape, each.dtype, each.stride()) for each in inputs if each is not None]
+        y = replay_or_run((n, block_size, backend, flat.device, *kinds), inputs, run)
+    else:
+        y = run(launch_now)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
-@matmul_swizzled_op.register_fake
-def _(
+def _fake_matmul_swizzled(
     x: torch.Tensor,
     words: torch.Tensor,
     scales: torch.Tensor,
@@ -66,6 +78,19 @@ def _(
     *rest: object,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], n)
+
+
+def _define(name: str, function: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]) -> Any:
+    """An op of the library `qwantize`; as torch.library.custom_op, whose wrappers take longer than the launch."""
+    schema = torch.library.infer_schema(function, mutates_args=())
+    torch.library.define(f"qwantize::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"qwantize::{name}", "default", function)
+    torch.library.register_fake(f"qwantize::{name}", fake)
+    return getattr(torch.ops.qwantize, name).default
+
+
+# `arrived` is not declared as mutated: it is scratch, zeros before and after.
+matmul_swizzled_op = _define("matmul_swizzled", _matmul_swizzled, _fake_matmul_swizzled)
 
 
 @torch.library.custom_op("qwantize::experts", mutates_args=())

@@ -22,10 +22,10 @@ from vllm.platforms import current_platform
 
 from qwantize_vllm import __version__
 from qwantize_vllm.hessian import BlockHessianSum, FullHessianSum, HessianFile, HessianInfo, save_hessians
-from qwantize_vllm.plugin.config import is_gate
 from qwantize_vllm.plugin.engine_process import engine, in_own_process, keep_core_here
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.measured_experts import MEASURE, ExpertSums, MeasuredExperts
+from qwantize_vllm.plugin.methods import is_gate
 
 # What a model that does not generate can be asked for; all of them run the same layers.
 _POOLING_TASKS = ("embed", "classify", "token_embed", "token_classify")

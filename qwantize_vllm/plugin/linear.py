@@ -105,7 +105,7 @@ class QwantizeLinearMethod(LinearMethodBase):
         weight = layer.weight.data
         check_arrived(layer, self.name, weight.numel(), ", ".join(self.members))
         parts = self.quantized_parts(layer, weight)
-        signal, noise = (float(sum(each)) for each in zip(*(signal_and_noise(*part) for part in parts), strict=True))
+        signal, noise = map(sum, zip(*(signal_and_noise(*part) for part in parts), strict=True))
         quantized = QuantizedLayer.of([q for _, q in parts], weight.dtype)
         self._form = choose_form(self.settings, quantized)
         after = self._form.keep(layer, quantized)

@@ -156,7 +156,7 @@ class QwantizeMoEMethod(ExpertMethod):
             self.report.from_cache()
         parts = [part for name in WEIGHTS for part in matrices_of(dense[name], quantized[name])]
         energies = [signal_and_noise(*part) for part in parts]
-        signal, noise = (float(sum(each)) for each in zip(*energies, strict=True))
+        signal, noise = map(sum, zip(*energies, strict=True))
         after = self.keep(layer, QuantizedExperts(quantized["w13"], quantized["w2"], dtype))
         setattr(layer, PROCESSED, True)
         self.report.quantized(self.name, before, after, signal, noise, began)

@@ -16,6 +16,8 @@ from qwantize_vllm.settings import QwantizeSettings
 
 logger = init_logger(f"vllm.{__name__}")
 
+_Energy = float | torch.Tensor
+
 
 class LoadReport:
     """Collects while layers are built and quantized; logs one summary when the last one is done."""
@@ -24,7 +26,7 @@ class LoadReport:
         """packed: the format of a checkpoint whose weights are NVFP4 already; nothing is lost then."""
         self.settings, self.packed = settings, packed
         self._expected: set[str] = set()
-        self._quantized: dict[str, float] = {}
+        self._quantized: dict[str, tuple[_Energy, _Energy]] = {}  # signal and noise
         self._left: dict[tuple[str, int], tuple[weakref.ref[torch.nn.Module], str]] = {}
         self._ignored: list[str] = []
         self._without_hessian: list[str] = []
@@ -50,15 +52,19 @@ class LoadReport:
         self._left[name, id(layer)] = (weakref.ref(layer), reason)
         self._ignored += ignored or []
 
-    def quantized(self, name: str, before: int, after: int, signal: float, noise: float, began: float) -> None:
-        """A layer has been quantized: bytes before and after, energies, and when that began (perf_counter)."""
+    def quantized(self, name: str, before: int, after: int, signal: _Energy, noise: _Energy, began: float) -> None:
+        """A layer has been quantized: bytes before and after, energies, and when that began (perf_counter).
+
+        Energies that are tensors () are looked at when the last layer is done: a GPU is not waited for until then.
+        """
         if name in self._quantized:  # a pass before this one broke off
             self._start_over()
-        self._quantized[name] = math.inf if noise == 0 else 10 * math.log10(signal / noise)
+        self._quantized[name] = signal, noise
         self._bytes_before += before
         self._bytes_after += after
         self._seconds += time.perf_counter() - began
         if self._quantized.keys() >= self._expected:
+            self._wait_for_energies()
             logger.info("%s", self.summary())
             if self._without_hessian:
                 logger.warning(
@@ -71,14 +77,22 @@ class LoadReport:
                 logger.warning("qwantize: ignore pattern %r named no layer of this model", pattern)
             self._start_over()  # weights may be reloaded later
 
+    def _wait_for_energies(self) -> None:
+        began = time.perf_counter()
+        self._quantized = {name: (float(signal), float(noise)) for name, (signal, noise) in self._quantized.items()}
+        self._seconds += time.perf_counter() - began
+
     def _start_over(self) -> None:
         self._quantized, self._bytes_before, self._bytes_after, self._seconds = {}, 0, 0, 0.0
         self._from_cache = 0
 
     def summary(self) -> str:
-        """One line: layers, GiB before and after, mean signal-to-noise ratio, seconds."""
+        """One line: layers, GiB before and after, mean signal-to-noise ratio, seconds.
+
+        The seconds are those that loading waited; what a GPU does while the next layer is read is not in them.
+        """
         left_bytes, left = self._left_layers
-        snr = [ratio for ratio in self._quantized.values() if math.isfinite(ratio)]
+        snr = [10 * math.log10(signal / noise) for signal, noise in self._quantized.values() if noise]
         mean = f"{sum(snr) / len(snr):.2f} dB" if snr else "infinite"
         if self.packed:
             total = self._bytes_after + left_bytes

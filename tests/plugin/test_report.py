@@ -87,3 +87,11 @@ def test_a_weight_without_error_has_infinite_ratio(lines):
     report.expect("a")
     report.quantized("a", 1, 1, signal=0.0, noise=0.0, began=time.perf_counter())
     assert "signal-to-noise infinite" in lines[0][1]
+
+
+def test_energies_may_be_tensors(lines):
+    report = LoadReport(QwantizeSettings())
+    report.expect("a"), report.expect("b")
+    report.quantized("a", 1, 1, torch.tensor(100.0), torch.tensor(1.0), time.perf_counter())
+    report.quantized("b", 1, 1, torch.tensor(0.0), torch.tensor(0.0), time.perf_counter())
+    assert "mean signal-to-noise 20.00 dB" in lines[0][1]

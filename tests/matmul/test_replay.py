@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from qwantize_vllm import matmul_nvfp4, swizzle
+from qwantize_vllm.matmul import replay
+from qwantize_vllm.matmul.backends import run_swizzled
+from tests.matmul.test_swizzled_matmul import make
+
+
+def test_replayed_launches_are_those_of_triton():
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.replay_launches"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    products = [line.split()[0] for line in done.stdout.splitlines()]
+    assert products == ["matmul_decode", "matmul_swizzled", "matmul_swizzled", "matmul_wgmma"]
+
+
+def test_what_is_no_single_launch_is_run_each_time():
+    calls = []
+
+    def run(launch):
+        calls.append(launch)
+        return torch.zeros(2)
+
+    for _ in range(3):
+        assert replay.replay_or_run("no launch at all", (torch.zeros(1),), run).tolist() == [0, 0]
+    assert len(calls) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 2, 7, 16, 30, 100, 300])
+@pytest.mark.parametrize("backend", ["auto", "batch_invariant", "unswizzled"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_replay_has_the_bits_of_a_launch(monkeypatch, m, backend, with_bias):
+    monkeypatch.setattr(replay, "_recordings", {})
+    for seed in range(3):
+        x, q = make("cuda", 320, 1088, m, torch.bfloat16)
+        torch.manual_seed(seed)
+        x, bias = torch.randn_like(x), torch.randn(320, device="cuda").bfloat16() if with_bias else None
+        weight = swizzle(q)
+        y = matmul_nvfp4(x, weight, bias, backend=backend)
+        assert torch.equal(y, run_swizzled(x, weight, bias, backend))
+        # A row that starts elsewhere is no replay of one that starts at a multiple of 16 bytes.
+        shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view(x.shape).copy_(x)
+        assert torch.equal(
+            matmul_nvfp4(shifted, weight, bias, backend=backend), run_swizzled(shifted, weight, bias, backend)
+        )
+    (recording,) = replay._recordings.values()
+    if backend != "auto":  # beyond some number of tokens auto is, on some GPUs, a dense product too
+        assert (recording is None) == (backend == "unswizzled")

@@ -1,0 +1,100 @@
+"""Record launches of the kernels for swizzled weights and replay them on a driver that only notes them; needs no GPU.
+
+    python -m tests.replay_launches
+
+A program of its own because TRITON_INTERPRET, which the tests set, must be unset when triton is imported. Prints the
+name of every kernel whose replayed launches were what Triton makes of the same tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from qwantize_vllm.matmul import replay
+from qwantize_vllm.matmul.gluon_decode import matmul_decode
+from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
+from qwantize_vllm.matmul.swizzle import ARRIVALS, SwizzledNvfp4
+from qwantize_vllm.matmul.tile_shapes import DecodeShape, TileShape
+from qwantize_vllm.matmul.triton_swizzled import matmul_swizzled
+
+launches: list[tuple[Any, ...]] = []
+
+
+class _Utils:
+    def load_binary(self, name: str, *rest: Any) -> tuple[Any, ...]:
+        return name, name, 0, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448}
+
+
+class _Driver:
+    """As much of a CUDA driver as launching asks for."""
+
+    utils = _Utils()
+
+    @staticmethod
+    def launcher_cls(src: Any, metadata: Any) -> Any:
+        # The grid, the function, and the kernel's arguments behind stream, metadata and hooks.
+        return lambda *given: launches.append((*given[:3], given[4], *given[9:]))
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def weight(n: int, k: int) -> SwizzledNvfp4:
+    groups, tiles = -(-n // 64), -(-k // 64)
+    words = torch.empty(groups, tiles, 4, 256, dtype=torch.int16)
+    scales = torch.empty(groups, -(-tiles // 4), 64, 4, dtype=torch.int32)
+    return SwizzledNvfp4(words, scales, torch.ones(()), torch.zeros(ARRIVALS, dtype=torch.int32), (n, k))
+
+
+def described(argument: Any, own: list[torch.Tensor | None]) -> Any:
+    """An argument of a launch such that those of tensors that the launch made itself are equal too."""
+    if isinstance(argument, torch.Tensor):
+        known = any(argument is each for each in own)
+        return argument.data_ptr() if known else (argument.shape, argument.dtype, argument.device)
+    if hasattr(argument, "base"):
+        rest = {name: value for name, value in vars(argument).items() if name != "base"}
+        return type(argument), described(argument.base, own), rest
+    return type(argument), argument
+
+
+def check(product: Any, m: int, n: int, k: int, bias: torch.Tensor | None, *shape: Any) -> None:
+    """That the second of two calls replays, and with its own tensors."""
+    key = (product, m, n, k)
+    for _ in range(2):
+        check_call(key, weight(n, k), torch.empty(m, k, dtype=torch.bfloat16), bias, *shape)
+    assert isinstance(replay._recordings[key], replay.Recording)
+    print(product.__name__, m, n, k)
+
+
+def check_call(key: Any, w: SwizzledNvfp4, x: torch.Tensor, bias: torch.Tensor | None, *shape: Any) -> None:
+    inputs = (x, w.words, w.scales, w.global_scale, w.arrived, bias)
+    launches.clear()
+    y = replay.replay_or_run(key, inputs, lambda launch: key[0](x, w, bias, *shape, launch=launch))
+    assert y.shape == key[0](x, w, bias, *shape).shape
+    replayed, direct = launches
+    assert sum(each is y or getattr(each, "base", None) is y for each in replayed) == 1, replayed
+    for pair in zip(replayed, direct, strict=True):
+        a, b = (described(each, list(inputs)) for each in pair)
+        assert a == b, (a, b)
+
+
+if __name__ == "__main__":
+    driver.set_active(_Driver())
+    bias = torch.zeros(256, dtype=torch.bfloat16)
+    check(matmul_decode, 1, 256, 4096, bias, DecodeShape(1, 1, 4, 8))
+    check(matmul_swizzled, 5, 256, 4096, bias, TileShape(8, 1, 4, 4, 3))
+    check(matmul_swizzled, 5, 8192, 1024, None, TileShape(8, 1, 4, 4, 3))
+    check(matmul_wgmma, 200, 256, 4096, bias)
