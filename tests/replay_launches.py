@@ -14,7 +14,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from qwantize_vllm.matmul import replay
+from qwantize_vllm.matmul import gluon_wgmma, partial_sums, replay
 from qwantize_vllm.matmul.gluon_decode import matmul_decode
 from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
 from qwantize_vllm.matmul.swizzle import ARRIVALS, SwizzledNvfp4
@@ -91,6 +91,26 @@ def check_call(key: Any, w: SwizzledNvfp4, x: torch.Tensor, bias: torch.Tensor |
         assert a == b, (a, b)
 
 
+def check_areas() -> None:
+    """A replay of a product whose K is cut takes the area of the stream that it is on; without one there is none."""
+    areas = [torch.full((100,), partial_sums.EMPTY, dtype=torch.int32) for _ in range(2)]
+    partial_sums._areas(areas[0].device).of_streams.update(enumerate(areas))
+    of_stream: list[torch.Tensor | None] = [areas[0]]
+    gluon_wgmma.area_of_stream = replay.area_of_stream = lambda device, words: of_stream[0]
+    gluon_wgmma.multiprocessors = lambda device: 132
+    x, w = torch.empty(128, 4096, dtype=torch.bfloat16), weight(256, 4096)
+    inputs = (x, w.words, w.scales, w.global_scale, w.arrived, None)
+    taken = []
+    for area in (*areas, None, areas[0]):
+        of_stream[0] = area
+        launches.clear()
+        replay.replay_or_run("areas", inputs, lambda launch: matmul_wgmma(x, w, None, launch=launch))
+        (launch,) = launches
+        taken.append([i for i, each in enumerate(areas) if any(argument is each for argument in launch)])
+    assert taken == [[0], [1], [], [0]], taken
+    print("areas")
+
+
 if __name__ == "__main__":
     driver.set_active(_Driver())
     bias = torch.zeros(256, dtype=torch.bfloat16)
@@ -98,3 +118,4 @@ if __name__ == "__main__":
     check(matmul_swizzled, 5, 256, 4096, bias, TileShape(8, 1, 4, 4, 3))
     check(matmul_swizzled, 5, 8192, 1024, None, TileShape(8, 1, 4, 4, 3))
     check(matmul_wgmma, 200, 256, 4096, bias)
+    check_areas()

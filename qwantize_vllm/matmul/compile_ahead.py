@@ -58,7 +58,7 @@ def _compile_shape(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor
         from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
 
         for wgmma_shape in STEPS:
-            matmul_wgmma(x, weight, bias, wgmma_shape, launch=launch)
+            matmul_wgmma(x, weight, bias, wgmma_shape, split=False, launch=launch)
 
 
 def _whole_steps(k: int, shape: Shape) -> int:

@@ -56,13 +56,14 @@ def matmul_wgmma(
     weight: SwizzledNvfp4,
     bias: torch.Tensor | None,
     shape: WgmmaShape | None = None,
+    *,
+    split: bool = True,
     launch: Launch = launch_now,
 ) -> torch.Tensor:
     """x (M, K) bfloat16 or float16, as `why_not_wgmma` asks -> (M, N) in x's dtype.
 
     bias: (N,), any float dtype, or None. shape: default the one that wgmma_shapes.py chooses.
-    launch: what else to do with the kernel than to run it (compile_ahead.py).
-
+    split: whether K may be cut into slices. launch: what else to do with the kernel than to run it (compile_ahead.py).
     """
     m, n = x.shape[0], weight.shape[0]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -73,10 +74,12 @@ def matmul_wgmma(
     shape = shape or choose_wgmma_shape(m, groups, tiles, programs)
     token_tiles, row_tiles = triton.cdiv(m, shape.tokens), triton.cdiv(groups, shape.groups)
     whole, last, splits = rounds(shape, m, groups, tiles, programs)
-    sums = area_of_stream(x.device, programs * _LARGEST_TILE) if splits > 1 else None
+    sums = area_of_stream(x.device, programs * _LARGEST_TILE) if split and splits > 1 else None
     if splits > 1 and sums is None:
         splits = 1
-        _tell_no_area()
+        if split:
+            _tell_no_area()
+            launch = launch_now  # this once (replay.py)
     works = whole + last * splits
     launch(
         _wgmma_kernel,

@@ -5,6 +5,8 @@ not, adds, and makes it EMPTY again. So there are no flags, and no fences betwee
 the sums: 3 of 22 microseconds (4096 x 4096, 256 tokens, on an H200). FlashInfer's and TensorRT-LLM's all-reduce for
 small messages ("Lamport") synchronize in this way.
 
+An area must stay as it is. So none may be made while a model is loaded: vLLM's sleep forgets what was allocated then.
+
 All launches of a stream use the same area, one after the other; launches on two streams may overlap, so each stream has
 its own. A CUDA graph holds the area of the stream that captured it. Two graphs that were captured on one stream must
 not run at once.
@@ -48,6 +50,11 @@ def area_of_stream(device: torch.device, words: int) -> torch.Tensor | None:
         with areas.lock:
             _provide(areas, stream, words, device)
     return areas.of_streams.get(stream)
+
+
+def is_area(tensor: torch.Tensor) -> bool:
+    """Whether it is what `area_of_stream` has answered."""
+    return any(tensor is area for area in _areas(tensor.device).of_streams.values())
 
 
 def _provide(areas: _Areas, stream: int, words: int, device: torch.device) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from qwantize_vllm.matmul.partial_sums import area_of_stream, is_area
+
 # Runs a product through launchers that get this launch: (launch) -> y.
 Run = Callable[[Callable[..., None]], torch.Tensor]
 
@@ -31,17 +33,16 @@ def replay_or_run(key: Hashable, inputs: Sequence[torch.Tensor | None], run: Run
 
     Args:
         key: says everything of a call but the addresses of its tensors.
-        inputs: the tensors that the launch may have as arguments; those that it makes itself are the result and at most
-            one of scratch, both uninitialized.
+        inputs: the tensors that the launch may have as arguments; others are the result and at most one of scratch,
+            both uninitialized, and the area of the current stream (partial_sums.py).
         run: see Run. What it launches depends on key and inputs alone.
     """
     if any(tensor is not None and tensor.data_ptr() % _ALIGNMENT for tensor in inputs):
         return run(_launch)
-    recording = _recordings.get(key)
-    if recording is not None:
-        return recording.replay(inputs)
     if key in _recordings:
-        return run(_launch)
+        recording = _recordings[key]
+        y = None if recording is None else recording.replay(inputs)
+        return run(_launch) if y is None else y
     recorder = _Recorder()
     y = run(recorder)
     if len(_recordings) >= _MOST:
@@ -91,12 +92,15 @@ class Recording:
         self._descriptors: list[tuple[int, int]] = []
         self._y = _make(y)
         self._scratch: Callable[[], torch.Tensor] | None = None
+        self._area: tuple[int, int] | None = None  # its place, and how many words are asked for
 
     def add(self, argument: Any, tensors: list[torch.Tensor | None]) -> bool:
         """The next argument; tensors: the inputs and y. False where it is not understood."""
         place = len(self._arguments)
         self._arguments.append(argument)
-        if isinstance(argument, torch.Tensor):
+        if isinstance(argument, torch.Tensor) and is_area(argument):
+            self._area, self._arguments[place] = (place, len(argument)), None
+        elif isinstance(argument, torch.Tensor):
             number = _index(argument, tensors)
             if number is None:
                 if self._scratch is not None:
@@ -112,12 +116,18 @@ class Recording:
             self._arguments[place] = _with_base(argument, None)
         return True
 
-    def replay(self, inputs: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    def replay(self, inputs: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        """The result; None where it cannot be had in this way, for want of an area."""
         y = self._y()
         tensors = [*inputs, y]
         if self._scratch is not None:
             tensors.append(self._scratch())
         arguments = self._arguments.copy()
+        if self._area is not None:
+            place, words = self._area
+            arguments[place] = area_of_stream(y.device, words)
+            if arguments[place] is None:
+                return None
         for place, number in self._tensors:
             arguments[place] = tensors[number]
         for place, number in self._descriptors:

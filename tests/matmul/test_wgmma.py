@@ -191,17 +191,14 @@ def test_one_compiled_kernel_serves_products_cut_or_not(monkeypatch):
     area = torch.zeros(1, dtype=torch.int32)
     weight = swizzle(quantize_nvfp4(torch.randn(64 * 32, 64 * 64).bfloat16()))
     monkeypatch.setattr(gluon_wgmma, "multiprocessors", lambda device: 132)
-    launches = {}
-    for name, given, tokens in (("cut", area, 128), ("without an area", None, 128), ("whole", None, 128 * 5)):
+    launches = []
+    monkeypatch.setattr(gluon_wgmma, "launch_now", lambda kernel, grid, *arguments, **_: launches.append(arguments))
+    for given, tokens in ((area, 128), (None, 128), (None, 128 * 5)):
         monkeypatch.setattr(gluon_wgmma, "area_of_stream", lambda device, words, given=given: given)
         x = torch.zeros(tokens, 64 * 64, dtype=torch.bfloat16)
-        matmul_wgmma(
-            x, weight, None, SHAPES[2], lambda kernel, grid, *args, name=name, **_: launches.update({name: args})
-        )
-    kinds = {tuple(getattr(a, "dtype", type(a)) for a in arguments) for arguments in launches.values()}
-    assert len(kinds) == 1
-    splits = {name: arguments[-2] for name, arguments in launches.items()}
-    assert splits == {"cut": 4, "without an area": 1, "whole": 1}
+        matmul_wgmma(x, weight, None, SHAPES[2], launch=gluon_wgmma.launch_now)
+    assert len({tuple(getattr(a, "dtype", type(a)) for a in arguments) for arguments in launches}) == 1
+    assert [arguments[-2] for arguments in launches] == [4, 1, 1]  # slices
 
 
 @pytest.mark.parametrize("shape", SHAPES)
