@@ -62,7 +62,8 @@ def test_sizes_of_real_layers(shape, m, n, k):
 def assert_areas_are_empty():
     torch.cuda.synchronize()
     areas = partial_sums._areas(torch.device("cuda", torch.cuda.current_device()))
-    assert all((area == partial_sums.EMPTY).all() for area in (*areas.of_streams.values(), areas.spare))
+    there = [area for area in (*areas.of_streams.values(), areas.spare) if area is not None]
+    assert all((area == partial_sums.EMPTY).all() for area in there)
 
 
 # K is cut in two: (rows of x, N, K) on 132 multiprocessors.
@@ -214,25 +215,32 @@ def test_rounds_cover_every_tile_and_cut_only_the_last(shape):
 
 def test_the_shape_is_the_one_that_measured_best():
     """Llama's layers on an H200, microseconds of each shape in CUDA graphs, as `matmul_wgmma` takes it: the choice is
-    within 6 % of the best one's time. They are of the launches that the constants were fitted to."""
+    within 6 % of the best one's time. The constants were fitted to these and others."""
     measured = {
-        (256, 64, 64): (22.4, None, 22.8, 27.4, 33.8),
-        (384, 64, 224): (None, None, 80.9, 72.7, 85.0),
-        (512, 96, 64): (None, None, 45.7, 38.5, 44.9),
-        (1024, 96, 64): (None, None, 74.9, 72.0, 80.9),
-        (1024, 64, 64): (None, None, 51.9, 60.5, 46.6),
-        (128, 448, 64): (None, 68.9, 51.0, 62.6, None),
-        (256, 448, 64): (None, None, 93.1, 96.4, 87.1),
-        (384, 448, 64): (None, None, 137.6, 131.7, 174.3),
-        (512, 448, 64): (None, None, 173.4, 175.3, 161.3),
-        (768, 448, 64): (None, None, 264.4, 249.7, 257.1),
+        (64, 64, 64): (12.1, 15.6, None, None, None),
+        (128, 64, 64): (14.2, 16.6, 17.0, 22.0, None),
+        (256, 64, 64): (20.1, 27.0, 18.6, 22.3, 34.5),
+        (512, 64, 64): (36.8, 39.1, 27.9, 34.7, 34.3),
+        (1024, 64, 64): (71.9, 74.0, 51.1, 59.2, 53.8),
+        (64, 96, 64): (14.0, 15.9, None, None, None),
+        (128, 96, 64): (19.9, 18.5, 18.3, 22.6, None),
+        (256, 96, 64): (29.9, 27.9, 26.1, 25.1, 32.9),
+        (512, 96, 64): (54.1, 52.1, 44.3, 39.1, 45.0),
+        (64, 64, 224): (22.4, 26.4, None, None, None),
+        (128, 64, 224): (35.6, 35.2, 33.2, 39.7, None),
+        (256, 64, 224): (62.2, 80.5, 52.3, 52.9, 66.1),
+        (512, 64, 224): (123.4, 122.7, 97.1, 112.9, 96.6),
+        (64, 448, 64): (40.1, 41.4, None, None, None),
+        (128, 448, 64): (68.2, 66.9, 56.1, 62.0, None),
+        (256, 448, 64): (126.5, 126.7, 101.4, 96.7, 94.6),
+        (512, 448, 64): (248.2, 246.6, 190.9, 183.2, 184.7),
     }
     for (tokens, groups, tiles), times in measured.items():
         known = {shape: time for shape, time in zip(SHAPES, times, strict=True) if time is not None}
         chosen = choose_wgmma_shape(tokens, groups, tiles, 132)
         assert known[chosen] <= 1.06 * min(known.values()), (tokens, groups, tiles, chosen)
         for shape, time in known.items():
-            assert estimate(shape, tokens, groups, tiles, 132) + 4.7 == pytest.approx(time, rel=0.1)
+            assert estimate(shape, tokens, groups, tiles, 132) + 3.0 == pytest.approx(time, rel=0.12)
 
 
 def test_without_wgmma_another_kernel_serves_as_many_tokens():
