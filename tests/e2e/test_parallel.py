@@ -71,6 +71,7 @@ def test_a_shard_that_blocks_do_not_divide_is_left_on_every_rank(engines, tmp_pa
     assert_agree(two, engines.start_dequantized(checkpoint, quantized, two, "float32"), 1e-3)
 
 
+@pytest.mark.slow
 def test_engines_side_by_side_answer_alike(tmp_path):
     """Data parallelism behind one server: every engine quantizes for itself, to the same codes."""
     checkpoint = write_tiny(tmp_path / "checkpoint")

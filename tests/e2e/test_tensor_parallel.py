@@ -64,7 +64,11 @@ def assert_ranks_hold(
         assert torch.equal(rank[f"{layer}.weight_global_scale"], one[f"{layer}.weight_global_scale"]), layer
 
 
-@pytest.mark.parametrize("search", [{"scale_search": "hessian"}, {"global_scale": "amax_per_member"}], ids=str)
+@pytest.mark.parametrize(
+    "search",
+    [{"scale_search": "hessian"}, pytest.param({"global_scale": "amax_per_member"}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_two_ranks_hold_the_codes_of_one(engines, tiny, tmp_path, search):
     settings = {"quant_method": "qwantize", **search}
     if search.get("scale_search") == "hessian":
@@ -89,7 +93,7 @@ def test_nan_on_one_rank_ends_all(engines, broken):
     assert "qwantize: model.layers.1.mlp.gate_up_proj: weight (256, 128) holds 3 NaN and 2 infinite elements" in log
 
 
-@pytest.fixture(params=["dense", "experts"])
+@pytest.fixture(params=["dense", pytest.param("experts", marks=pytest.mark.slow)])
 def reader(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A tiny model with a tokenizer."""
     path = tmp_path / "reader"

@@ -39,7 +39,13 @@ def test_the_interpreter_takes_a_tile_of_all_blocks_up_to_a_limit():
 
 
 @pytest.mark.parametrize(
-    ("scale_search", "refine"), [("naive", "none"), ("optimal", "none"), ("hessian", "none"), ("hessian", "codes")]
+    ("scale_search", "refine"),
+    [
+        ("naive", "none"),
+        ("optimal", "none"),
+        pytest.param("hessian", "none", marks=pytest.mark.slow),
+        pytest.param("hessian", "codes", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("shape", [LaunchShape(32, 1, 3), LaunchShape(64, 1, 2)])
 def test_results_do_not_depend_on_the_shape(kernel_on, monkeypatch, scale_search, refine, shape):
