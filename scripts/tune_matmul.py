@@ -5,15 +5,15 @@
 
 RULES in qwantize_vllm/matmul/tile_shapes.py maps the major version of the compute capability to shapes of the Triton
 kernel, to those of the kernel for few tokens ("decode"), or to that for wgmma. The first table says which ones the
-rules should lead to; "dequantized" is what serves where no rule fits. The second one has the constants of
-qwantize_vllm/matmul/wgmma_shapes.py. Nothing is tuned while serving.
+rules should lead to; "dequantized" is what serves where no rule fits, "bf16" a dense layer. The second one has the
+constants of qwantize_vllm/matmul/wgmma_shapes.py. Nothing is tuned while serving.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import torch
@@ -35,6 +35,8 @@ TOKENS = [1, 16, 32, 64, 128, 256, 512, 1024]
 FORMS = [(1, 4, 2, 3), (1, 4, 4, 3), (1, 2, 4, 3), (1, 2, 4, 4), (1, 1, 4, 3), (2, 2, 4, 3), (2, 1, 4, 4), (2, 2, 8, 3)]
 # (parts, tiles, warps)
 DECODE_FORMS = [(1, 4, 8), (1, 4, 16), (2, 4, 2), (2, 4, 4), (2, 4, 8), (4, 2, 4)]
+KINDS = {TileShape: "", DecodeShape: "decode ", WgmmaShape: "wgmma "}
+Candidate = TileShape | DecodeShape | WgmmaShape
 
 app = typer.Typer(add_completion=False)
 
@@ -55,17 +57,18 @@ def main(
 def tile_table(layers: list[str], tokens: list[int]) -> Table:
     major, minor = torch.cuda.get_device_capability()
     table = Table(title=f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}), microseconds")
-    for column in ("layer", "tokens", "by the rules", "dequantized", "best", "second", "third"):
+    for column in ("layer", "tokens", "bf16", "by the rules", "dequantized", "best", "second", "third"):
         table.add_column(column)
     for name in layers:
-        weights = swizzled_copies(LAYERS[name])
+        weights, dense = swizzled_copies(LAYERS[name]), dense_copies(LAYERS[name])
         for m in tokens:
             x = random_activations(m, LAYERS[name][1], torch.bfloat16, torch.device("cuda"))
             times = {shape: time_shape(x, weights, shape) for shape in candidates(m)}
             best = sorted((us, shape) for shape, us in times.items() if us is not None)[:3]
-            words = [f"{us:.1f} {'decode ' * isinstance(shape, DecodeShape)}{tuple(shape)}" for us, shape in best]
+            words = [f"{us:.1f} {KINDS[type(shape)]}{tuple(shape)}" for us, shape in best]
+            bf16 = time_calls([functools.partial(torch.nn.functional.linear, x, weight) for weight in dense])
             ours = [f"{time_backend(x, weights, backend):.1f}" for backend in ("auto", "unswizzled")]
-            table.add_row(name, str(m), *ours, *words)
+            table.add_row(name, str(m), f"{bf16:.1f}", *ours, *words)
     return table
 
 
@@ -89,13 +92,11 @@ def wgmma_table() -> Table:
 
 def time_wgmma(shape: WgmmaShape, quarters: int, k: int) -> float:
     """Microseconds of a product whose tiles fill so many quarters of the multiprocessors."""
-    from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
-
     row_tiles = torch.cuda.get_device_properties().multi_processor_count // 4
     weights = swizzled_copies((64 * shape.groups * row_tiles, k))
     x = random_activations(quarters * shape.tokens, k, torch.bfloat16, torch.device("cuda"))
-    calls = [functools.partial(matmul_wgmma, x, weight, None, shape) for weight in weights]
-    return 1e6 * time_call(calls, x.device).seconds
+    calls = [functools.partial(kernel_of(shape), x, weight, None, shape) for weight in weights]
+    return time_calls(calls)
 
 
 def swizzled_copies(shape: tuple[int, int]) -> list[SwizzledNvfp4]:
@@ -109,36 +110,58 @@ def swizzled_copies(shape: tuple[int, int]) -> list[SwizzledNvfp4]:
     ]
 
 
-def candidates(m: int) -> list[TileShape | DecodeShape]:
+def dense_copies(shape: tuple[int, int]) -> list[torch.Tensor]:
+    """Copies of a bf16 weight that together exceed the L2 cache."""
+    device = torch.device("cuda")
+    weight = random_weight(shape, torch.bfloat16, device)
+    return [weight.clone() for _ in range(copies_beyond_cache(weight.nbytes, device))]
+
+
+def candidates(m: int) -> list[Candidate]:
     """Tiles that hold m tokens, and smaller ones from 64 tokens on."""
     sizes = [size for size in (8, 16, 32, 64, 128, 256) if size < 2 * max(m, 8) and (size >= m or size >= 64)]
     few = [size for size in (1, 2, 4) if m <= size < 2 * m]
     return [
         *(DecodeShape(size, *form) for size in few for form in DECODE_FORMS),
         *(TileShape(size, *form) for size in sizes for form in FORMS),
+        *(shape for shape in STEPS if m > 32 and shape.tokens < 2 * m),
     ]
 
 
-def time_shape(x: torch.Tensor, weights: list[SwizzledNvfp4], shape: TileShape | DecodeShape) -> float | None:
+def time_shape(x: torch.Tensor, weights: list[SwizzledNvfp4], shape: Candidate) -> float | None:
     """Microseconds of a product; None where the shape does not fit this GPU."""
     from triton.runtime.errors import OutOfResources
 
-    from qwantize_vllm.matmul.gluon_decode import matmul_decode
-    from qwantize_vllm.matmul.triton_swizzled import matmul_swizzled
-
-    if isinstance(shape, DecodeShape) and torch.cuda.get_device_capability()[0] != 9:
+    if not isinstance(shape, TileShape) and torch.cuda.get_device_capability()[0] != 9:
         return None
-    multiply: Callable[..., torch.Tensor] = matmul_decode if isinstance(shape, DecodeShape) else matmul_swizzled
+    multiply = kernel_of(shape)
     try:
-        calls = [functools.partial(multiply, x, weight, None, shape) for weight in weights]
-        return 1e6 * time_call(calls, x.device).seconds
+        return time_calls([functools.partial(multiply, x, weight, None, shape) for weight in weights])
     except OutOfResources:
         return None
 
 
+def kernel_of(shape: Candidate) -> Callable[..., torch.Tensor]:
+    from qwantize_vllm.matmul.gluon_decode import matmul_decode
+    from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
+    from qwantize_vllm.matmul.triton_swizzled import matmul_swizzled
+
+    kernels: dict[type, Callable[..., torch.Tensor]] = {
+        TileShape: matmul_swizzled,
+        DecodeShape: matmul_decode,
+        WgmmaShape: matmul_wgmma,
+    }
+    return kernels[type(shape)]
+
+
 def time_backend(x: torch.Tensor, weights: list[SwizzledNvfp4], backend: str) -> float:
     calls = [functools.partial(run_swizzled, x, weight, None, backend) for weight in weights]
-    return 1e6 * time_call(calls, x.device).seconds
+    return time_calls(calls)
+
+
+def time_calls(calls: Sequence[Callable[[], object]]) -> float:
+    """Microseconds of a call with one copy of the weight."""
+    return 1e6 * time_call(calls, torch.device("cuda")).seconds
 
 
 if __name__ == "__main__":

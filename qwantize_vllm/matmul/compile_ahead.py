@@ -58,6 +58,7 @@ def _compile_shape(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor
         from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
 
         for wgmma_shape in STEPS:
+            # Cut or not it is one kernel, and an area for sums may not be made yet (partial_sums.py).
             matmul_wgmma(x, weight, bias, wgmma_shape, split=False, launch=launch)
 
 

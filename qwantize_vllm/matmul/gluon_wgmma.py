@@ -6,8 +6,9 @@ shared memory, which transposes it).
 
 Tiles of the result seldom fill the last round of all multiprocessors. Where that leaves room, the tiles of the last
 round are cut along K. The program with the last slice waits for the sums of the others (partial_sums.py) and adds them
-in the order of the slices, so the result does not change from run to run. Only it waits, and it is the last one of its
-tile to be started: whatever else the GPU has to do, those that it waits for will end.
+in the order of the slices, so the result does not change from run to run. Only it waits, for programs of lower numbers,
+which wait for nobody. No launch has more programs than there are multiprocessors, so usually all run at once; where
+others hold some, GPUs start programs in the order of their numbers, as far as is known: CUDA does not promise it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from qwantize_vllm.matmul.gluon_pipeline import (
     store_tile,
     weight_descriptors,
 )
+from qwantize_vllm.matmul.gluon_sums import add_sums, leave_sums
 from qwantize_vllm.matmul.gpu import Launch, launch_now, multiprocessors
 from qwantize_vllm.matmul.partial_sums import area_of_stream
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
@@ -79,7 +81,7 @@ def matmul_wgmma(
         splits = 1
         if split:
             _tell_no_area()
-            launch = launch_now  # this once (replay.py)
+            launch = launch_now  # not to be recorded (replay.py): there may be an area the next time
     works = whole + last * splits
     launch(
         _wgmma_kernel,
@@ -162,79 +164,12 @@ def _consume(buffers, extent, result, sums_ptr, PART: gl.constexpr, BLOCK_SIZE: 
         total, turn = multiply_chunks(buffers, start, end, turn, PART, BLOCK_SIZE)
         first = cut * (parts - 1) * GROUPS + PART
         if split + 1 < parts:
-            _leave(total, sums_ptr, first + split * GROUPS)
+            leave_sums(total, sums_ptr, first + split * GROUPS)
         else:
             for other in range(parts - 1):
-                total = _add_left(total, sums_ptr, first + other * GROUPS, TOKENS > 128)
+                total = add_sums(total, sums_ptr, first + other * GROUPS, TOKENS > 128)
             _finish(total, result, row * GROUPS + PART, token * TOKENS)
     tma.store_wait(0)
-
-
-# Four words of a thread: of two tokens and two rows that are next to each other in its registers.
-_LEAVE = gl.constexpr(
-    "{ .reg .b64 a; .reg .u32 b<4>; cvt.u64.u32 a, $9; add.s64 a, a, $5; min.u32 b0, $1, 0xfffffffe; "
-    "min.u32 b1, $2, 0xfffffffe; min.u32 b2, $3, 0xfffffffe; min.u32 b3, $4, 0xfffffffe; "
-    "st.relaxed.gpu.global.v4.b32 [a], {b0, b1, b2, b3}; mov.u32 $0, 0; }"
-)
-_READ = gl.constexpr(
-    "{ .reg .b64 a; cvt.u64.u32 a, $8; add.s64 a, a, $4; ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [a]; }"
-)
-_EMPTY_AGAIN = gl.constexpr(
-    "{ .reg .b64 a; .reg .u32 b; cvt.u64.u32 a, $5; add.s64 a, a, $1; mov.u32 b, 0xffffffff; "
-    "st.relaxed.gpu.global.v4.b32 [a], {b, b, b, b}; mov.u32 $0, 0; }"
-)
-
-
-@gluon.jit
-def _words(sums_ptr, place, like):
-    """Addresses of words for sums (64, tokens) of a slice and a consumer: where those of a thread begin, and bytes from
-    there on. Each group of four words has one: a warp then moves 512 bytes in a row."""
-    TOKENS: gl.constexpr = like.shape[1]
-    LAYOUT: gl.constexpr = like.type.layout
-    row = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None]
-    token = gl.arange(0, TOKENS, gl.SliceLayout(0, LAYOUT))[None, :]
-    thread = (row & 7) * 4 + (row // 16) * 32 + token // 2 % 4
-    start = sums_ptr.to(gl.int64) + place.to(gl.int64) * (64 * TOKENS * 4)
-    start, inside = gl.broadcast(start + thread.to(gl.int64) * 16, token // 8 * 2048 + row * 0)
-    return start, inside
-
-
-@gluon.jit
-def _leave(total, sums_ptr, place):
-    """Leave the sums of a slice of K for the program that has the last one; none of them is EMPTY."""
-    start, inside = _words(sums_ptr, place, total)
-    words = total.to(gl.int32, bitcast=True)
-    ASM: gl.constexpr = "=r,r,r,r,r,l,l,l,l,r,r,r,r"
-    gl.inline_asm_elementwise(_LEAVE, ASM, [words, start, inside], gl.int8, is_pure=False, pack=4)
-
-
-@gluon.jit
-def _add_left(total, sums_ptr, place, TWICE: gl.constexpr):
-    """total and what a program leaves at `place`, once all of it is there. TWICE: read it again to add it, for want of
-    registers that could keep it."""
-    start, inside = _words(sums_ptr, place, total)
-    words = _read(start, inside)
-    if TWICE:
-        while _are_missing(words):
-            words = _read(start, inside)
-        words = _read(start, inside)
-    else:
-        while _are_missing(words):
-            words = _read(start, inside)
-    ASM: gl.constexpr = "=r,l,l,l,l,r,r,r,r"
-    gl.inline_asm_elementwise(_EMPTY_AGAIN, ASM, [start, inside], gl.int8, is_pure=False, pack=4)
-    return total + words.to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _are_missing(words):
-    return gl.max(gl.max(words.to(gl.uint32, bitcast=True), 1), 0) == 0xFFFFFFFF
-
-
-@gluon.jit
-def _read(start, inside):
-    ASM: gl.constexpr = "=r,=r,=r,=r,l,l,l,l,r,r,r,r"
-    return gl.inline_asm_elementwise(_READ, ASM, [start, inside], gl.int32, is_pure=False, pack=4)
 
 
 @gluon.jit

@@ -1,8 +1,9 @@
 """Launches that are recorded once and then repeated, for tensors of the same kind at other addresses.
 
-A launch of a Triton kernel costs its host 60 to 130 us: what to launch is chosen and checked, descriptors are made, and
-Triton finds out of each argument what it has compiled for. vLLM makes some 20,000 of them while it captures its CUDA
-graphs, and nearly all are like one before: only addresses differ. Of such a launch all is known but the tensors.
+A launch of a Triton kernel costs its host some 100 us (Triton 3.6, a driver that does nothing): what to launch is
+chosen and checked, descriptors are made, and Triton finds out of each argument what it has compiled for. For an 8B
+Llama vLLM captures 102 CUDA graphs, and runs each once before, which makes 26,000 launches. Nearly all are like one
+before: only addresses differ. Of such a launch all is known but the tensors.
 
 What this relies on, in Triton 3.6 to 3.9: `kernel[grid](...)` returns the compiled kernel, and `compiled[grid](...)`
 launches it with all arguments of the kernel in their order, constants included, as Triton's tutorials do; it looks at
@@ -18,10 +19,11 @@ from typing import Any
 
 import torch
 
+from qwantize_vllm.matmul.gpu import Launch, launch_now
 from qwantize_vllm.matmul.partial_sums import area_of_stream, is_area
 
 # Runs a product through launchers that get this launch: (launch) -> y.
-Run = Callable[[Callable[..., None]], torch.Tensor]
+Run = Callable[[Launch], torch.Tensor]
 
 _ALIGNMENT = 16
 _MOST = 4096  # recordings: some 50 sizes of graphs for each kind of layer, and what else comes along
@@ -38,21 +40,17 @@ def replay_or_run(key: Hashable, inputs: Sequence[torch.Tensor | None], run: Run
         run: see Run. What it launches depends on key and inputs alone.
     """
     if any(tensor is not None and tensor.data_ptr() % _ALIGNMENT for tensor in inputs):
-        return run(_launch)
+        return run(launch_now)
     if key in _recordings:
         recording = _recordings[key]
         y = None if recording is None else recording.replay(inputs)
-        return run(_launch) if y is None else y
+        return run(launch_now) if y is None else y
     recorder = _Recorder()
     y = run(recorder)
     if len(_recordings) >= _MOST:
         _recordings.clear()
     _recordings[key] = recorder.recording(inputs, y)
     return y
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    kernel[grid](*arguments, **constants)
 
 
 class _Recorder:
@@ -90,7 +88,7 @@ class Recording:
         # Places among the arguments, and which tensor belongs there: an input by its number, then y, then scratch.
         self._tensors: list[tuple[int, int]] = []
         self._descriptors: list[tuple[int, int]] = []
-        self._y = _make(y)
+        self._y, self._device = _make(y), y.device
         self._scratch: Callable[[], torch.Tensor] | None = None
         self._area: tuple[int, int] | None = None  # its place, and how many words are asked for
 
@@ -118,16 +116,16 @@ class Recording:
 
     def replay(self, inputs: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """The result; None where it cannot be had in this way, for want of an area."""
+        arguments = self._arguments.copy()
+        if self._area is not None:
+            place, words = self._area
+            arguments[place] = area_of_stream(self._device, words)
+            if arguments[place] is None:
+                return None
         y = self._y()
         tensors = [*inputs, y]
         if self._scratch is not None:
             tensors.append(self._scratch())
-        arguments = self._arguments.copy()
-        if self._area is not None:
-            place, words = self._area
-            arguments[place] = area_of_stream(y.device, words)
-            if arguments[place] is None:
-                return None
         for place, number in self._tensors:
             arguments[place] = tensors[number]
         for place, number in self._descriptors:
