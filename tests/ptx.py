@@ -33,6 +33,12 @@ _ARITHMETIC: dict[str, Callable[..., Array]] = {
     "min": np.minimum,
     "max": np.maximum,
 }
+# Which a GPU approximates.
+_FUNCTIONS: dict[str, Callable[..., Array]] = {
+    "div": np.divide,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "ex2": np.exp2,
+}
 
 
 class Program:
@@ -42,11 +48,12 @@ class Program:
         self.threads, self.memory = threads, memory
         self.code, self.labels = _parse(ptx)
 
-    def run(self, parameters: list[int], place: tuple[int, int, int]) -> None:
+    def run(self, parameters: list[int], place: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
         self.parameters, self.shared = parameters, np.zeros(2**18, np.uint8)
         self.registers: dict[str, Array] = {"%tid.x": np.arange(self.threads, dtype=np.uint32)}
-        for axis, number in zip("xyz", place, strict=True):
+        for axis, number, count in zip("xyz", place, grid, strict=True):
             self.registers[f"%ctaid.{axis}"] = np.full(self.threads, number, np.uint32)
+            self.registers[f"%nctaid.{axis}"] = np.full(self.threads, count, np.uint32)
         at = 0
         while at < len(self.code):
             name, operands, condition = self.code[at]
@@ -110,6 +117,8 @@ class Program:
             values = [self._float(each).astype(np.float64) for each in given]
             result = values[0] * values[1] + values[2] if kind == "fma" else _ARITHMETIC[kind](*values)
             return result.astype(np.float32)
+        if type_ == "f32" and kind in _FUNCTIONS:
+            return _FUNCTIONS[kind](*(self._float(each).astype(np.float64) for each in given)).astype(np.float32)
         if kind == "cvt":
             return self._convert(name, given[0])
         bits = 1 if type_ == "pred" else int(type_[1:])
@@ -127,8 +136,8 @@ class Program:
         if kind in ("shl", "shr"):
             return _shifted(kind, self._get(given[0], bits), self._get(given[1], 32), signed)
         if kind == "shfl":
-            lanes = np.arange(32) ^ int(given[1])
-            return self._get(given[0], 32).reshape(-1, 32)[:, lanes].reshape(-1)
+            own, other = np.arange(self.threads), self._get(given[1], 32).astype(np.int64)
+            return self._get(given[0], 32)[own ^ other if name[2] == "bfly" else own // 32 * 32 + other % 32]
         if kind == "selp":
             return np.where(self._get(given[2], 1), self._get(given[0], bits), self._get(given[1], bits))
         if kind in ("mul", "mad") and name[1] == "wide":
@@ -164,6 +173,8 @@ class Program:
         to, from_ = name[-2], name[-1]
         if from_ == "f32":
             return _narrow(self._float(source), to)
+        if to == "f32" and from_ == "s32":
+            return self._get(source, 32).view(np.int32).astype(np.float32)
         if to == "f32":
             return _widen(self._get(source, 16), from_).astype(np.float32)
         bits = int(from_[1:])
@@ -174,7 +185,7 @@ class Program:
         halves = []
         for shift in (0, 16):
             values = [_widen(self._get(each, 32) >> np.uint32(shift), type_).astype(np.float64) for each in given]
-            result = values[0] * values[1] + (values[2] if kind == "fma" else 0.0)
+            result = _ARITHMETIC["mul" if kind == "fma" else kind](*values[:2]) + (values[2] if kind == "fma" else 0.0)
             halves.append(_narrow(result.astype(np.float32), type_.removesuffix("x2")).astype(np.uint32))
         return halves[0] | (halves[1] << np.uint32(16))
 

@@ -16,8 +16,9 @@ import torch
 
 from qwantize_vllm.matmul.backends import why_not_gluon
 from qwantize_vllm.matmul.gpu import capability_major
+from qwantize_vllm.matmul.normed import AddedNorm, one_kernel
 from qwantize_vllm.matmul.swizzle import COLUMNS, SwizzledNvfp4
-from qwantize_vllm.matmul.tile_shapes import DecodeShape, Shape, TileShape, shapes_for
+from qwantize_vllm.matmul.tile_shapes import NORMED_TOKENS, DecodeShape, Shape, TileShape, shapes_for
 from qwantize_vllm.matmul.wgmma_shapes import STEPS
 
 _MOST_THREADS = 8
@@ -36,13 +37,27 @@ def compile_ahead(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor 
         _compile_shape(weight, dtype, bias, shape)
 
 
+def compile_normed_ahead(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, gated: bool) -> None:
+    """As `compile_ahead`, what norms x and perhaps gates the product (normed.py), where one kernel does."""
+    if weight.device.type != "cuda":
+        return
+    k = weight.shape[1]
+    for tokens in NORMED_TOKENS:
+        x = _empty(tokens, k, weight, dtype)
+        norm = AddedNorm(x, _empty(1, k, weight, dtype)[0], 1e-6, x)
+        shape = one_kernel(x, norm, weight, gated)
+        if shape is not None and _is_new(*_kind(weight, dtype, bias, shape), gated):
+            from qwantize_vllm.matmul.gluon_decode import matmul_decode
+
+            launch = functools.partial(_compile, weight.device)
+            matmul_decode(x, weight, bias, shape, launch=launch, norm=norm, gated=gated)
+
+
 def _compile_shape(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, shape: Shape) -> None:
-    n, k = weight.shape
-    # What the kernels are compiled for: Triton asks whether a size is a multiple of 16.
-    sizes = (n % 16 == 0, _whole_steps(k, shape), weight.block_size, weight.global_scale.dim())
-    if not _is_new(weight.device, dtype, None if bias is None else bias.dtype, shape, *sizes):
+    if not _is_new(*_kind(weight, dtype, bias, shape)):
         return
     launch = functools.partial(_compile, weight.device)
+    k = weight.shape[1]
     x = _empty(1, k, weight, dtype)
     if isinstance(shape, TileShape):
         from qwantize_vllm.matmul.triton_swizzled import matmul_swizzled
@@ -60,6 +75,13 @@ def _compile_shape(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor
         for wgmma_shape in STEPS:
             # Cut or not it is one kernel, and an area for sums may not be made yet (partial_sums.py).
             matmul_wgmma(x, weight, bias, wgmma_shape, split=False, launch=launch)
+
+
+def _kind(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, shape: Shape) -> tuple[Any, ...]:
+    """What the kernels are compiled for: Triton asks whether a size is a multiple of 16."""
+    n, k = weight.shape
+    sizes = (n % 16 == 0, _whole_steps(k, shape), weight.block_size, weight.global_scale.dim())
+    return (weight.device, dtype, None if bias is None else bias.dtype, shape, *sizes)
 
 
 def _whole_steps(k: int, shape: Shape) -> int:

@@ -22,7 +22,9 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from qwantize_vllm.matmul.gluon_normed import _add_and_weigh, _gate, _load_pair, _norm_factors, _pairs_of, _write_sums
 from qwantize_vllm.matmul.gpu import Launch, launch_now
+from qwantize_vllm.matmul.normed import AddedNorm
 from qwantize_vllm.matmul.swizzle import COLUMNS, SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import DecodeShape
 
@@ -45,19 +47,22 @@ def matmul_decode(
     bias: torch.Tensor | None,
     shape: DecodeShape,
     launch: Launch = launch_now,
+    norm: AddedNorm | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
     """x (M, K) bfloat16 or float16, as `why_not_decode` asks, M at most shape.tokens -> (M, N) in x's dtype.
 
     bias: (N,), any float dtype, or None. launch: what else to do with the kernel than to run it (compile_ahead.py).
-    bfloat16: products of values of x beyond 2^63 overflow.
+    norm: what is done to x first; gated: N/2 columns, silu(y's first half) * its second half. Both as
+    `why_not_normed` asks. bfloat16: products of values of x beyond 2^63 overflow.
     """
     m, (n, k) = x.shape[0], weight.shape
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    y = torch.empty(m, n // 2 if gated else n, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     launch(
         _decode_kernel,
-        (triton.cdiv(n, 16 * shape.parts),),
+        (triton.cdiv(n, 16 * shape.parts) + (norm is not None),),
         x,
         weight.words,
         weight.scales,
@@ -69,6 +74,12 @@ def matmul_decode(
         k,
         weight.words.shape[1],
         x.stride(0),
+        None if norm is None else norm.residual,
+        None if norm is None else norm.gain,
+        None if norm is None else norm.sums,
+        None if norm is None else norm.residual.stride(0),
+        None if norm is None else norm.epsilon,
+        GATED=gated,
         BLOCK_SIZE=weight.block_size,
         TOKENS=shape.tokens,
         PARTS=shape.parts,
@@ -116,17 +127,21 @@ def _load_weight(
     PARTS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     COUNT: gl.constexpr,
+    NEAR: gl.constexpr,
     ALL: gl.constexpr,
 ):
     """A step's words, four registers for each tile and part, and its scales, COUNT bytes for each part and its rows r
-    and r + 8. ALL: whether every tile is there. Then too their loads have a condition, for without one ptxas puts half
-    of them off until registers are free."""
-    words_address, scales_address, tiles = place
+    and r + 8. NEAR: the parts that follow each other; others follow each other far from there. ALL: whether
+    every tile is there. Then too their loads have a condition, for without one ptxas puts half of them off until
+    registers are free."""
+    words_address, scales_address, words_far, scales_far, tiles = place
     words = ()
     for tile in gl.static_range(TILES):
         there = tiles if ALL else (step * TILES + tile < tiles).to(gl.int32)
         for part in gl.static_range(PARTS):
-            address = words_address + (step * TILES + tile).to(gl.int64) * 2048 + part * 512
+            address = words_address + (step * TILES + tile).to(gl.int64) * 2048 + part % NEAR * 512
+            if part >= NEAR:
+                address += words_far
             words = words + (_load_bytes(address, there, 16),)
     if not ALL:  # those of a step that is not there may be anything that is finite
         step = gl.minimum(step, (tiles - 1) // TILES)
@@ -135,7 +150,9 @@ def _load_weight(
     chunk, inside = step * TILES // 4, step % (4 // TILES) * (ROW * TILES // 4)
     scales = ()
     for half in gl.static_range(2 * PARTS):
-        address = scales_address + chunk.to(gl.int64) * (64 * ROW) + inside + half * (8 * ROW)
+        address = scales_address + chunk.to(gl.int64) * (64 * ROW) + inside + half % (2 * NEAR) * (8 * ROW)
+        if half >= 2 * NEAR:
+            address += scales_far
         scales = scales + (_load_bytes(address, tiles, COUNT),)
     return words, scales
 
@@ -181,6 +198,7 @@ def _mma(total, operand, first, second, dtype: gl.constexpr):
 @gluon.jit
 def _multiply(
     totals,
+    squares,
     weight,
     x,
     column,
@@ -191,14 +209,15 @@ def _multiply(
     BLOCK_SIZE: gl.constexpr,
     WHOLE: gl.constexpr,
 ):
-    """totals plus the products of a step. x: see `_load_x`; column: the first that the lane needs."""
+    """totals plus the products of a step, squares plus those of x. x: see `_load_x`; column: the first that the lane
+    needs."""
     words, scales = weight
     PLACES: gl.constexpr = len(factors)
     TURNS: gl.constexpr = TILES * 64 // BLOCK_SIZE // PLACES
     # A lane's blocks follow each other; where it has two places, the blocks of both in turn.
     SHARED: gl.constexpr = 2 if PLACES == 8 else 1
     for turn in gl.static_range(TURNS):
-        pairs = _load_x(x, column, turn * SHARED * BLOCK_SIZE, BLOCK_SIZE // 16, WHOLE)
+        pairs, squares = _load_x(x, squares, column, turn * SHARED * BLOCK_SIZE, BLOCK_SIZE // 16, WHOLE)
         products = _zeros(PARTS, totals[0][0])
         for j in gl.static_range(PLACES):
             chosen = _choose(pairs, factors[j], dtype)
@@ -212,23 +231,24 @@ def _multiply(
                 BLOCK_SIZE // 16,
             )
         totals = _add_scaled(totals, products, scales, turn, SHARED, dtype, PARTS)
-    return totals
+    return totals, squares
 
 
 @gluon.jit
-def _load_x(x, column, START: gl.constexpr, PLANES: gl.constexpr, WHOLE: gl.constexpr):
-    """Of each plane of a block two pairs, the lane's part of a right operand. START: of the block, from `column` on,
-    the first that the lane needs of the step."""
-    pointer, k = x
+def _load_x(x, squares, column, START: gl.constexpr, PLANES: gl.constexpr, WHOLE: gl.constexpr):
+    """Of each plane of a block two pairs, the lane's part of a right operand. x: where pairs begin, K, and norm as
+    `_add_and_weigh` wants it, or empty. START: of the block, from `column` on, the first that the lane needs of the
+    step."""
+    pointer, k, norm = x
     pairs = ()
     for plane in gl.static_range(PLANES):
         for half in gl.static_range(2):
             where = column + (START + 16 * plane + 8 * half)
-            if WHOLE:
-                pairs = pairs + (gl.load(pointer + where // 2),)
-            else:
-                pairs = pairs + (gl.load(pointer + where // 2, mask=where < k, other=0),)
-    return pairs
+            pair = _load_pair(pointer, where, k, WHOLE)
+            if len(norm) > 0:
+                pair, squares = _add_and_weigh(pair, squares, norm, where, k, WHOLE)
+            pairs = pairs + (pair,)
+    return pairs, squares
 
 
 @gluon.jit
@@ -306,6 +326,12 @@ def _decode_kernel(
     k,
     tiles,
     x_stride,
+    residual_ptr,
+    gain_ptr,
+    sums_ptr,
+    residual_stride,
+    epsilon,
+    GATED: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     TOKENS: gl.constexpr,
     PARTS: gl.constexpr,
@@ -314,6 +340,10 @@ def _decode_kernel(
     WHOLE: gl.constexpr,
     num_warps: gl.constexpr,
 ):
+    if residual_ptr is not None:  # noqa: SIM102 - a constant, and a condition
+        if gl.program_id(0) == gl.num_programs(0) - 1:
+            _write_sums(x_ptr, residual_ptr, sums_ptr, x_stride, residual_stride, m, k, num_warps)
+            return
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     PLACES: gl.constexpr = 8 // TOKENS
     BLOCKS: gl.constexpr = TILES * 64 // BLOCK_SIZE
@@ -324,17 +354,22 @@ def _decode_kernel(
     thread = gl.arange(0, 32 * num_warps, gl.BlockedLayout([1], [32], [num_warps], [0]))
     # Of the left operand and the result a lane has rows r and r + 8, of the right one column r; q: see swizzle.py.
     warp, r, q = thread // 32, thread // 4 % 8, thread % 4
-    first = gl.program_id(0) * PARTS  # of the parts of 16 rows
+    NEAR: gl.constexpr = PARTS // 2 if GATED else PARTS
+    first = gl.program_id(0) * NEAR  # of the parts of 16 rows
     group = (first // 4).to(gl.int64)
     row = first % 4 * 16
     words_address = words_ptr.to(gl.int64) + group * tiles * 2048 + row * 32 + thread % 32 * 16
     ROW: gl.constexpr = 256 // BLOCK_SIZE
     own = 2 * q // (TOKENS if TOKENS > 2 else 2) * COUNT
     scales_address = scales_ptr.to(gl.int64) + group * ((tiles + 3) // 4) * (64 * ROW) + (row + r) * ROW + own
-    place = (words_address, scales_address, tiles)
+    far = (n // 128).to(gl.int64) if GATED else 0  # groups from gate to up
+    place = (words_address, scales_address, far * tiles * 2048, far * ((tiles + 3) // 4) * (64 * ROW), tiles)
     # Column r: token r % TOKENS at place r / TOKENS.
     token = gl.minimum(r % TOKENS, m - 1)
-    x = (x_ptr.to(gl.pointer_type(gl.int32)) + token.to(gl.int64) * (x_stride // 2), k)
+    norm = ()
+    if residual_ptr is not None:
+        norm = (_pairs_of(residual_ptr, token, residual_stride), gain_ptr.to(gl.pointer_type(gl.int32)))
+    x = (_pairs_of(x_ptr, token, x_stride), k, norm)
     if PLACES < 8:
         column = r // TOKENS * (COUNT * BLOCK_SIZE) + 2 * q
     else:
@@ -343,13 +378,17 @@ def _decode_kernel(
     factors = ()
     for j in gl.static_range(PLACES):
         factors = factors + (gl.where(r // TOKENS == j, ONE, 0),)
-    totals = _zeros(PARTS, thread.to(gl.float32))
+    squares = gl.zeros_like(thread.to(gl.float32))
+    totals = _zeros(PARTS, squares)
     for turn in range(0, (tiles + TILES * num_warps - 1) // (TILES * num_warps)):
         step = turn * num_warps + warp
-        weight = _load_weight(place, step, TILES, PARTS, BLOCK_SIZE, COUNT, WHOLE)
+        weight = _load_weight(place, step, TILES, PARTS, BLOCK_SIZE, COUNT, NEAR, WHOLE)
         start = column + step * (64 * TILES)
-        totals = _multiply(totals, weight, x, start, factors, dtype, TILES, PARTS, BLOCK_SIZE, WHOLE)
-    _finish(totals, y_ptr, global_scale, bias_ptr, first * 16, m, n, TOKENS, PARTS, num_warps)
+        totals, squares = _multiply(totals, squares, weight, x, start, factors, dtype, TILES, PARTS, BLOCK_SIZE, WHOLE)
+    y = _sum_up(totals, TOKENS, PARTS, num_warps)
+    if residual_ptr is not None:
+        y *= _norm_factors(squares, k, y, epsilon, TOKENS, num_warps)
+    _finish(y, y_ptr, global_scale, bias_ptr, first * 16, m, n, NEAR, GATED, num_warps)
 
 
 @gluon.jit
@@ -366,19 +405,8 @@ def _join_all(values):
 
 
 @gluon.jit
-def _finish(
-    totals,
-    y_ptr,
-    global_scale,
-    bias_ptr,
-    first_row,
-    m,
-    n,
-    TOKENS: gl.constexpr,
-    PARTS: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """y = total * global_scale + bias, the total over warps and places."""
+def _sum_up(totals, TOKENS: gl.constexpr, PARTS: gl.constexpr, num_warps: gl.constexpr):
+    """(16 * PARTS, TOKENS): the totals of all warps and places."""
     values = ()
     for each in gl.static_range(len(totals)):
         a, b, c, d = totals[each]
@@ -386,9 +414,28 @@ def _finish(
     # warp, r, q; row of two, column of two; part -> warp; part, row of two, r; q, column of two
     y = gl.permute(gl.reshape(_join_all(values), (num_warps, 8, 4, 2, 2, PARTS)), (0, 5, 3, 1, 2, 4))
     y = gl.sum(gl.reshape(y, (num_warps, 16 * PARTS, 8 // TOKENS, TOKENS)), 2)
-    y = gl.sum(gl.reshape(y, (num_warps, 16 * PARTS, TOKENS)), 0)
-    row = first_row + gl.arange(0, 16 * PARTS, gl.SliceLayout(1, y.type.layout))
-    token = gl.arange(0, TOKENS, gl.SliceLayout(0, y.type.layout))
+    return gl.sum(gl.reshape(y, (num_warps, 16 * PARTS, TOKENS)), 0)
+
+
+@gluon.jit
+def _finish(
+    y,
+    y_ptr,
+    global_scale,
+    bias_ptr,
+    first_row,
+    m,
+    n,
+    NEAR: gl.constexpr,
+    GATED: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """Store y * global_scale + bias, gated or as it is."""
+    TOKENS: gl.constexpr = y.shape[1]
+    row = gl.arange(0, y.shape[0], gl.SliceLayout(1, y.type.layout))
+    if GATED:
+        row = gl.where(row < 16 * NEAR, row, row + (n // 2 - 16 * NEAR))
+    row += first_row
     there = row < n
     # What codes, scales and factors leave to be multiplied.
     RESCALE: gl.constexpr = 2.0**-12 if y_ptr.dtype.element_ty == gl.bfloat16 else 2.0**4
@@ -398,5 +445,11 @@ def _finish(
         y *= global_scale * RESCALE
     if bias_ptr is not None:
         y += gl.load(bias_ptr + row, mask=there, other=0.0).to(gl.float32)[:, None]
+    if GATED:
+        y = _gate(y, TOKENS, num_warps)
+        n = n // 2
+        row = first_row + gl.arange(0, y.shape[0], gl.SliceLayout(1, y.type.layout))
+        there = row < n
+    token = gl.arange(0, TOKENS, gl.SliceLayout(0, y.type.layout))
     offsets = token.to(gl.int64)[None, :] * n + row[:, None]
     gl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=there[:, None] & (token < m)[None, :])

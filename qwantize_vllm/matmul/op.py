@@ -12,6 +12,7 @@ from qwantize_vllm.matmul.backends import BACKENDS, choose_backend, run_experts,
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.experts_cpu import experts_one_by_one, members_of
 from qwantize_vllm.matmul.gpu import Launch, launch_now
+from qwantize_vllm.matmul.normed import AddedNorm, run_normed
 from qwantize_vllm.matmul.replay import replay_or_run
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
 
@@ -80,7 +81,50 @@ def _fake_matmul_swizzled(
     return x.new_empty(*x.shape[:-1], n)
 
 
-def _define(name: str, function: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]) -> Any:
+def _normed_matmul_swizzled(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    gain: torch.Tensor,
+    epsilon: float,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    global_scale: torch.Tensor,
+    arrived: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    block_size: int,
+    backend: str,
+    gated: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_matmul_swizzled` of rms_norm(x + residual) * gain, and x + residual; see `run_normed`. x: (M, K)."""
+    weight = SwizzledNvfp4(words, scales, global_scale, arrived, (n, x.shape[1]), block_size)
+    norm = AddedNorm(residual, gain, epsilon, torch.empty(x.shape, dtype=x.dtype, device=x.device))
+
+    def multiply(normed: torch.Tensor) -> torch.Tensor:
+        return _matmul_swizzled(normed, words, scales, global_scale, arrived, bias, n, block_size, backend)
+
+    return run_normed(x, norm, weight, bias, gated, multiply), norm.sums
+
+
+def _fake_normed_matmul_swizzled(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    gain: torch.Tensor,
+    epsilon: float,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    global_scale: torch.Tensor,
+    arrived: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    block_size: int,
+    backend: str,
+    gated: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape[0], n // 2 if gated else n), x.new_empty(x.shape)
+
+
+def _define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """An op of the library `qwantize`; as torch.library.custom_op, whose wrappers take longer than the launch."""
     schema = torch.library.infer_schema(function, mutates_args=())
     torch.library.define(f"qwantize::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
@@ -91,6 +135,7 @@ def _define(name: str, function: Callable[..., torch.Tensor], fake: Callable[...
 
 # `arrived` is not declared as mutated: it is scratch, zeros before and after.
 matmul_swizzled_op = _define("matmul_swizzled", _matmul_swizzled, _fake_matmul_swizzled)
+normed_matmul_swizzled_op = _define("normed_matmul_swizzled", _normed_matmul_swizzled, _fake_normed_matmul_swizzled)
 
 
 @torch.library.custom_op("qwantize::experts", mutates_args=())

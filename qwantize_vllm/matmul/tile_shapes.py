@@ -73,6 +73,14 @@ RULES = {
         Rule(256, 0, 0, TileShape(64, 1, 2, 4, 3)),
     )
 }
+# Of the kernel that norms x first, and perhaps gates the result, by the number of tokens: (as it is, gated).
+_NORMED = {
+    9: {
+        1: (DecodeShape(1, 1, 4, 8), DecodeShape(1, 2, 2, 4)),
+        2: (DecodeShape(2, 1, 4, 8), DecodeShape(2, 4, 2, 4)),
+    }
+}
+NORMED_TOKENS = (1, 2)
 # Elsewhere, unmeasured: small tiles, which fit the shared memory of every GPU, and dense products from early on.
 ELSEWHERE = (
     Rule(16, 0, 0, TileShape(16, 1, 2, 4, 3)),
@@ -92,6 +100,12 @@ def choose_shape(major: int | None, tokens: int, groups: int, tiles: int, gluon:
         if fits and (gluon or isinstance(rule.shape, TileShape)):
             return rule.shape
     return None
+
+
+def choose_normed_shape(major: int | None, tokens: int, gated: bool) -> DecodeShape | None:
+    """The shape for so many tokens that are normed first; None where that is left to a kernel of its own."""
+    shapes = _NORMED.get(major or 0, {}).get(tokens)
+    return None if shapes is None else shapes[gated]
 
 
 def shapes_for(major: int | None, groups: int, tiles: int) -> list[Shape]:

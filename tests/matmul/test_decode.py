@@ -104,7 +104,8 @@ def test_the_compiled_kernel_on_a_cpu(tmp_path):
     errors = {line: float(line.split()[-1]) for line in done.stdout.splitlines()}
     assert len(errors) > 10
     for line, error in errors.items():
-        assert error < TOLERANCE[torch.bfloat16 if "bfloat16" in line else torch.float16], line
+        steps = "times the error of steps" in line  # of a norm, the product and perhaps a gate
+        assert error < (1.1 if steps else TOLERANCE[torch.bfloat16 if "bfloat16" in line else torch.float16]), line
 
 
 def test_why_not():
