@@ -82,6 +82,11 @@ class QwantizeSettings(pydantic.BaseModel):
         description="Also quantize the gates of mixtures of experts, which are tiny and decide who computes: left as "
         "they are by default. Where vLLM has a kernel of its own for a gate, it stays as it is in any case.",
     )
+    fuse_norms: bool = pydantic.Field(
+        True,
+        description="With one or two tokens, have the kernel of a product also do the RMS norm before it and the "
+        "SwiGLU gate after it, by a pass over the graph that vLLM compiles; on GPUs where that is faster.",
+    )
     strict: bool = pydantic.Field(
         False,
         description="Refuse to start where a layer cannot be quantized, instead of leaving it as it is, or has no "

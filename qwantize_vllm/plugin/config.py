@@ -85,6 +85,7 @@ class QwantizeConfig(QwantizeBaseConfig):
     def settings(self) -> QwantizeSettings:
         """The settings of all sources; the first access must be while vLLM builds the model."""
         if self._resolved is None:
+            from qwantize_vllm.plugin.fusion import install_fusion
             from qwantize_vllm.plugin.reloading import refuse_sparse_updates
 
             config = get_current_vllm_config()
@@ -101,6 +102,7 @@ class QwantizeConfig(QwantizeBaseConfig):
                     file.check_full()
             logger.info("qwantize settings: %s; given: %s", self._resolved, given)
             add_to_compile_key(additional, self._resolved)
+            install_fusion(config, self._resolved)
         return self._resolved
 
     @property

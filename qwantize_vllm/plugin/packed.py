@@ -25,6 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from qwantize_vllm.checkpoint import LAYOUTS, Checkpoint
 from qwantize_vllm.checkpoint.export import NOTES, verify
 from qwantize_vllm.plugin.base_config import METHOD, QwantizeBaseConfig, add_to_compile_key
+from qwantize_vllm.plugin.fusion import install_fusion
 from qwantize_vllm.plugin.moe import expert_members, why_not_experts
 from qwantize_vllm.plugin.packed_experts import PackedMoEMethod
 from qwantize_vllm.plugin.packed_format import Packed, packed_of
@@ -33,7 +34,7 @@ from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.settings import QwantizeSettings, environment_settings, resolve_settings
 
 logger = init_logger(f"vllm.{__name__}")
-_USED = ("backend", "strict")  # of the settings, those that still say something
+_USED = ("backend", "fuse_norms", "strict")  # of the settings, those that still say something
 _UNPACKED_BY_MODELOPT = ("vision_tower", "vision_model", "vit_large_projector")  # whatever its config says
 
 
@@ -74,6 +75,7 @@ class PackedConfig(QwantizeBaseConfig):
                 )
             _look_at_files(get_current_vllm_config(), self._resolved.strict)
             add_to_compile_key(additional, self._resolved, packed=self.packed.layout.name)
+            install_fusion(get_current_vllm_config(), self._resolved)
         return self._resolved
 
     @property

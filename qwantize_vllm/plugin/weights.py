@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.utils import replace_parameter
 
 from qwantize_vllm.format import Nvfp4Tensor
-from qwantize_vllm.matmul.compile_ahead import compile_ahead
+from qwantize_vllm.matmul.compile_ahead import compile_ahead, compile_normed_ahead
 from qwantize_vllm.matmul.op import matmul_op, matmul_swizzled_op
 from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.plugin.vllm_kernels import KERNELS, describe, make_kernel
@@ -78,7 +78,7 @@ def choose_form(settings: QwantizeSettings, quantized: QuantizedLayer) -> Form:
     if settings.backend in ("vllm", *KERNELS):
         return VllmForm(settings.backend)
     if settings.backend == "auto" and quantized.codes.is_cuda and quantized.dtype in _SWIZZLED_DTYPES:
-        return SwizzledForm(quantized)
+        return SwizzledForm(quantized, settings.fuse_norms)
     return PlainForm(quantized, settings.backend)
 
 
@@ -121,8 +121,8 @@ class SwizzledForm:
     """`weight`, `weight_scale` and `weight_global_scale` are words, scales and global_scale of a SwizzledNvfp4, the
     latter (N,) with `global_scale: amax_per_member`; `weight_arrived` is its scratch."""
 
-    def __init__(self, quantized: QuantizedLayer) -> None:
-        self.rows, self.block_size = sum(quantized.widths), quantized.block_size
+    def __init__(self, quantized: QuantizedLayer, fuse_norms: bool) -> None:
+        self.rows, self.block_size, self.fuse_norms = sum(quantized.widths), quantized.block_size, fuse_norms
 
     def keep(self, layer: LinearBase, quantized: QuantizedLayer) -> int:
         weight = swizzle(quantized.whole)
@@ -135,9 +135,13 @@ class SwizzledForm:
             widths = torch.tensor(quantized.widths, device=scale.device)
             scale = quantized.global_scales.repeat_interleave(widths)
         if not envs.VLLM_BATCH_INVARIANT:
-            compile_ahead(
-                dataclasses.replace(weight, global_scale=scale), quantized.dtype, getattr(layer, "bias", None)
-            )
+            compiled, bias = dataclasses.replace(weight, global_scale=scale), getattr(layer, "bias", None)
+            compile_ahead(compiled, quantized.dtype, bias)
+            # What several layers are fused into follows a norm; two as large as each other are gate and up.
+            members = getattr(layer, "logical_widths", [])
+            if self.fuse_norms and len(members) > 1:
+                gated = len(members) == 2 and members[0] == members[1]
+                compile_normed_ahead(compiled, quantized.dtype, bias, gated)
         return _replace(layer, weight.words, weight.scales, scale)
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

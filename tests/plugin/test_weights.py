@@ -44,7 +44,9 @@ def new_layer(device="cpu"):
 
 
 @pytest.mark.parametrize("widths", WIDTHS)
-@pytest.mark.parametrize("form_of", [lambda q: PlainForm(q, "auto"), SwizzledForm], ids=["plain", "swizzled"])
+@pytest.mark.parametrize(
+    "form_of", [lambda q: PlainForm(q, "auto"), lambda q: SwizzledForm(q, True)], ids=["plain", "swizzled"]
+)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_form_multiplies_by_what_it_keeps(kernel_on, widths, form_of, with_bias):
     quantized = quantize(widths, kernel_on)
@@ -61,7 +63,7 @@ def test_a_form_multiplies_by_what_it_keeps(kernel_on, widths, form_of, with_bia
 
 def test_a_reload_keeps_the_scratch_that_cuda_graphs_know(kernel_on):
     first, second = quantize([70], kernel_on), quantize([70], kernel_on, seed=1)
-    layer, form = new_layer(kernel_on), SwizzledForm(first)
+    layer, form = new_layer(kernel_on), SwizzledForm(first, fuse_norms=False)
     form.keep(layer, first)
     scratch = layer.weight_arrived
     scratch += 1  # what sleep mode may leave there
