@@ -41,7 +41,10 @@ def end_rehearsal() -> None:
 
 
 def _rehearse(settings: QwantizeSettings, k: int, dtype: torch.dtype, device: torch.device) -> None:
-    """What fails here will fail again with a layer, and is reported then."""
+    """What fails here will fail again with a layer, and is reported then.
+
+    Tensors made here are not in the memory that vLLM's sleep mode takes away: its pool is that of the main thread.
+    """
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)
