@@ -27,6 +27,7 @@ from qwantize_vllm.matmul.triton_dequantize import _dequantize_kernel
 from qwantize_vllm.matmul.triton_fused import _fused_kernel, _reduce_kernel
 from qwantize_vllm.matmul.triton_grouped import _grouped_kernel, _sum_kernel
 from qwantize_vllm.matmul.triton_plan import _count_kernel, _place_kernel
+from qwantize_vllm.matmul.triton_swizzle import _scales_kernel, _words_kernel
 from qwantize_vllm.matmul.triton_swizzled import _swizzled_kernel
 from qwantize_vllm.matmul.triton_unswizzle import _unswizzle_kernel
 from qwantize_vllm.matmul.wgmma_shapes import STEPS
@@ -34,6 +35,7 @@ from qwantize_vllm.search.codes import SWEEPS
 from qwantize_vllm.search.triton_codes import _refine_codes_kernel
 from qwantize_vllm.search.triton_hessian import _search_hessian_kernel
 from qwantize_vllm.search.triton_hessian_form import _prepare_hessian_kernel
+from qwantize_vllm.search.triton_quality import _quality_kernel
 from qwantize_vllm.search.triton_sse import _search_sse_kernel
 from tests.wgmma_hazards import disassemble, hazards
 
@@ -53,11 +55,15 @@ def variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, A
         refined = {**weight, "form_ptr": "*fp32"}
         shape = {"TILE": 32, "TILES": 4, "SWEEPS": SWEEPS}
         yield _refine_codes_kernel, refined, {"BLOCK_SIZE": block, **shape, "SHARED": True}
+        quality = {"weight_ptr": dtype, **packed, "codes_ptr": "*u8", "sums_ptr": "*fp64"}
+        yield _quality_kernel, quality, {"BLOCK_BYTES": block // 2, "TILE": 2048}
         sums = {"TOKENS": 64, "STAGES": 4, "FLOAT32": dtype == "*fp32"}
         yield _add_blocks_kernel, {"x_ptr": dtype, "total_ptr": "*fp32"}, {"SIZE": block, **sums}
         read = {"codes_ptr": "*u8", "scales_ptr": "*u8", "global_scale_ptr": "*fp32"}
         yield _dequantize_kernel, {**read, "out_ptr": dtype}, {"ROWS": 4, "BYTES": 256, "BLOCK_BYTES": block // 2}
+    yield _words_kernel, {"codes_ptr": "*u8", "words_ptr": "*i32"}, {"TILES": 8}
     for block in (16, 32):
+        yield _scales_kernel, {"block_scales_ptr": "*u8", "scales_ptr": "*u8"}, {"ROW": 256 // block, "TILE": 2048}
         read = {"words_ptr": "*i16", "scales_ptr": "*i32" if block == 16 else "*i16", "global_scale_ptr": "*fp32"}
         for dtype in INPUTS:
             yield (

@@ -94,7 +94,20 @@ def _empty(tokens: int, k: int, weight: SwizzledNvfp4, dtype: torch.dtype) -> to
 
 
 def _compile(device: torch.device, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    _threads(device).submit(kernel.warmup, *arguments, grid=grid, **constants)
+    _threads(device).submit(_compile_with_launcher, kernel, grid, arguments, constants)
+
+
+def _compile_with_launcher(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    """In Triton 3.6 a kernel of other types of arguments has a launcher of its own in C, made when it is loaded.
+
+    It goes to Triton's cache. The kernel itself is not loaded: a CUDA graph that is being captured may not stand that.
+    """
+    from triton.runtime import driver
+
+    compiled = kernel.warmup(*arguments, grid=grid, **constants)
+    driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
 @functools.cache

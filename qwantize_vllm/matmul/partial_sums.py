@@ -42,9 +42,10 @@ def area_of_stream(device: torch.device, words: int) -> torch.Tensor | None:
     """int32 (at least words,), all EMPTY wherever no launch of the current stream is under way; None where there is
     none and none can be made, since a graph is being captured.
 
-    words: the same number each time, for a device.
+    device: of a tensor, so with its index. words: the same number each time, for a device.
     """
-    areas, stream = _areas(device), torch.cuda.current_stream(device).cuda_stream
+    # What torch.cuda.current_stream makes a Stream of, which costs a launch as much as all the rest here.
+    areas, stream = _areas(device), torch._C._cuda_getCurrentRawStream(device.index)
     if stream not in areas.of_streams or areas.spare is None:
         with areas.lock:
             _provide(areas, stream, words, device)

@@ -95,14 +95,31 @@ class SwizzledNvfp4:
 
 
 def swizzle(q: Nvfp4Tensor) -> SwizzledNvfp4:
-    """Reorder an unbatched weight; several times its bytes are needed on the way.
+    """Reorder an unbatched weight; on a CPU several times its bytes are needed on the way.
 
     Raises:
         ValueError: the weight is batched.
     """
     if q.codes.dim() != 2:
         raise ValueError(f"only an unbatched (N, K) weight can be swizzled, got {tuple(q.shape)}; index it first")
+    words, scales = (_swizzle_on_gpu if q.codes.is_cuda else _swizzle)(q)
+    arrived = torch.zeros(ARRIVALS, dtype=torch.int32, device=q.device)
+    return SwizzledNvfp4(words, scales, q.global_scale, arrived, (q.shape[0], q.shape[1]), q.block_size)
+
+
+def _swizzle_on_gpu(q: Nvfp4Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    from qwantize_vllm.matmul.triton_swizzle import swizzle_triton
+
     n, k = q.shape
+    groups, tiles = -(-n // ROWS), -(-k // COLUMNS)
+    words = torch.empty(groups, tiles, 4, 256, dtype=torch.int16, device=q.device)
+    scales = torch.empty(groups, -(-tiles // 4), ROWS, 4, dtype=_SCALES[q.block_size], device=q.device)
+    swizzle_triton(q.codes, q.block_scales, words, scales, q.block_size)
+    return words, scales
+
+
+def _swizzle(q: Nvfp4Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words and scales, in PyTorch."""
     blocks = 4 * COLUMNS // q.block_size
     codes = _padded(q.codes, ROWS, COLUMNS // 2)
     scales = _padded(_to_e5m3(q.block_scales), ROWS, blocks)
@@ -110,14 +127,8 @@ def swizzle(q: Nvfp4Tensor) -> SwizzledNvfp4:
     # A byte of codes holds k0 = 0 and 1. Dimensions: group, part, n', r; tile, plane, k', q, k0.
     nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).view(groups, 4, 2, 8, tiles, 4, 2, 4, 2)
     nibbles = nibbles.permute(5, 0, 4, 1, 3, 7, 6, 2, 8)
-    return SwizzledNvfp4(
-        words=_interleave(list(nibbles)).view(groups, tiles, 4, 256),
-        scales=scales.view(_SCALES[q.block_size]).view(groups, ROWS, -1, 4).transpose(1, 2).contiguous(),
-        global_scale=q.global_scale,
-        arrived=torch.zeros(ARRIVALS, dtype=torch.int32, device=q.device),
-        shape=(n, k),
-        block_size=q.block_size,
-    )
+    words = _interleave(list(nibbles)).view(groups, tiles, 4, 256)
+    return words, scales.view(_SCALES[q.block_size]).view(groups, ROWS, -1, 4).transpose(1, 2).contiguous()
 
 
 def unswizzle(weight: SwizzledNvfp4) -> Nvfp4Tensor:

@@ -18,6 +18,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.plugin.cached import cached
+from qwantize_vllm.plugin.rehearsal import begin_rehearsal, end_rehearsal
 from qwantize_vllm.plugin.reloading import check_arrived, old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.versions import PROCESSED
@@ -90,6 +91,7 @@ class QwantizeLinearMethod(LinearMethodBase):
             # Here, so that a file that does not fit is refused before weights are read.
             self._find_hessian(input_size // block_size)
         self.report.expect(self.name)
+        begin_rehearsal(self.settings, input_size_per_partition, params_dtype, torch.empty(0).device)
         initialize_online_processing(layer)
 
     @old_weights_on_error()
@@ -104,6 +106,7 @@ class QwantizeLinearMethod(LinearMethodBase):
         began = time.perf_counter()
         weight = layer.weight.data
         check_arrived(layer, self.name, weight.numel(), ", ".join(self.members))
+        end_rehearsal()
         parts = self.quantized_parts(layer, weight)
         signal, noise = map(sum, zip(*(signal_and_noise(*part) for part in parts), strict=True))
         quantized = QuantizedLayer.of([q for _, q in parts], weight.dtype)

@@ -16,6 +16,10 @@ def signal_and_noise(weight: torch.Tensor, q: Nvfp4Tensor) -> tuple[torch.Tensor
 
     The signal-to-noise ratio in dB is 10*log10(signal/noise).
     """
+    if weight.is_cuda and weight.is_contiguous():
+        from qwantize_vllm.search.triton_quality import signal_and_noise_triton
+
+        return signal_and_noise_triton(weight, q)
     n, k = weight.shape
     signal = torch.zeros((), dtype=torch.float64, device=weight.device)
     noise = torch.zeros_like(signal)

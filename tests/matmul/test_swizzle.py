@@ -7,8 +7,11 @@ import dataclasses
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from qwantize_vllm import Nvfp4Tensor, quantize_nvfp4
 from qwantize_vllm.matmul.swizzle import COLUMNS, ROWS, SwizzledNvfp4, swizzle, unswizzle
+from qwantize_vllm.matmul.triton_swizzle import swizzle_triton
 from tests.numbers import make_weight
 
 
@@ -25,6 +28,18 @@ def test_unswizzle_gives_back_every_bit(block_size, n, k, global_scale):
     assert back.block_size == block_size
     for ours, theirs in zip(bits(back), bits(q), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize(("n", "k"), [(64, 256), (1, 32), (130, 1120)])
+def test_the_kernels_have_the_order_of_pytorch(kernel_on, block_size, n, k):
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+    scales = (torch.arange(n * k // block_size) % 126 + 1).to(torch.uint8).view(n, -1).view(torch.float8_e4m3fn)
+    expected = swizzle(Nvfp4Tensor(codes, scales, torch.ones(()), block_size))
+    words, bytes_ = (torch.empty_like(each, device=kernel_on) for each in (expected.words, expected.scales))
+    swizzle_triton(codes.to(kernel_on), scales.to(kernel_on), words, bytes_, block_size)
+    assert torch.equal(words.to("cpu"), expected.words)
+    assert torch.equal(bytes_.to("cpu"), expected.scales)
 
 
 def test_every_scale_survives():

@@ -1,0 +1,63 @@
+"""A layer that is quantized for nothing, in a thread, while vLLM builds the model and opens its files.
+
+The first layer that a process quantizes takes it a second, and with no compiled kernels at hand several: Triton is
+imported, reads all of itself to know its version (half a second; Python's lock is not held meanwhile), compiles or
+loads kernels, and CUDA loads each of PyTorch's that is used for the first time. None of it needs the weights.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from qwantize_vllm.matmul.swizzle import swizzle
+from qwantize_vllm.search.quality import signal_and_noise
+from qwantize_vllm.search.quantize import GlobalScale, quantize_nvfp4
+from qwantize_vllm.settings import QwantizeSettings
+
+# Rows of the layer: so many that its sizes are multiples of 16 as those of real ones, for which Triton compiles.
+_ROWS = 1024
+_thread: threading.Thread | None = None
+
+
+def begin_rehearsal(settings: QwantizeSettings, k: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Start it on a GPU, once in a process; returns at once.
+
+    k: columns of a layer. dtype, device: of its weight, once that is there. A search with Hessians, whose kernels are
+    others, is not rehearsed.
+    """
+    global _thread
+    if _thread is not None or settings.scale_search == "hessian" or device.type != "cuda":
+        return
+    _thread = threading.Thread(target=_rehearse, args=(settings, k, dtype, device), name="qwantize-rehearsal")
+    _thread.start()
+
+
+def end_rehearsal() -> None:
+    """Wait for it, so that nothing is compiled twice."""
+    if _thread is not None:
+        _thread.join()
+
+
+def _rehearse(settings: QwantizeSettings, k: int, dtype: torch.dtype, device: torch.device) -> None:
+    """What fails here will fail again with a layer, and is reported then.
+
+    Tensors made here are not in the memory that vLLM's sleep mode takes away: its pool is that of the main thread.
+    """
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        with torch.no_grad():
+            rehearse(settings, torch.zeros(_ROWS, k, dtype=dtype, device=device))
+    except Exception:
+        return
+
+
+def rehearse(settings: QwantizeSettings, weight: torch.Tensor) -> None:
+    """Everything that is done with the weight (N, K) of a layer."""
+    scale: GlobalScale = "none" if settings.global_scale == "none" else "amax"
+    q = quantize_nvfp4(weight, settings.scale_search, settings.block_size, scale)
+    signal_and_noise(weight, q)
+    if settings.backend == "auto":
+        swizzle(q)

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwantize_vllm import QwantizeSettings
+from qwantize_vllm.plugin import rehearsal
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """What was rehearsed, and where."""
+    rehearsed = []
+    monkeypatch.setattr(rehearsal, "_thread", None)
+    monkeypatch.setattr(rehearsal, "_rehearse", lambda *given: rehearsed.append(given))
+    return rehearsed
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("scale_search", ["naive", "optimal"])
+def test_a_layer_of_zeros_goes_all_the_way(scale_search, block_size):
+    settings = QwantizeSettings(scale_search=scale_search, block_size=block_size)
+    rehearsal.rehearse(settings, torch.zeros(64, 64, dtype=torch.bfloat16))
+
+
+def test_without_a_gpu_there_is_none(done):
+    rehearsal.begin_rehearsal(QwantizeSettings(), 64, torch.bfloat16, torch.device("cpu"))
+    rehearsal.end_rehearsal()
+    assert done == []
+
+
+def test_there_is_one_in_a_process(done):
+    settings, device = QwantizeSettings(), torch.device("cuda", 3)
+    for k in (64, 128):
+        rehearsal.begin_rehearsal(settings, k, torch.bfloat16, device)
+    rehearsal.end_rehearsal()
+    assert done == [(settings, 64, torch.bfloat16, device)]
+
+
+def test_what_fails_is_left_to_the_layers(monkeypatch):
+    def fail(*given):
+        raise ValueError("no kernel")
+
+    monkeypatch.setattr(rehearsal, "rehearse", fail)
+    rehearsal._rehearse(QwantizeSettings(), 64, torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_what_was_rehearsed_is_not_compiled_again(monkeypatch):
+    import triton
+
+    rehearsal._rehearse(QwantizeSettings(), 4096, torch.bfloat16, torch.device("cuda", 0))
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **what: compiled.append(what["repr"]))
+    for rows, k in ((6144, 4096), (4096, 14336)):
+        rehearsal.rehearse(QwantizeSettings(), torch.randn(rows, k, device="cuda").bfloat16())
+    assert compiled == []
