@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from qwantize_vllm.matmul.gpu import capability_major
+from qwantize_vllm.matmul.replay import replay_or_run
 from qwantize_vllm.matmul.swizzle import ROWS, SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import DecodeShape, choose_normed_shape
 
@@ -45,15 +46,31 @@ def run_normed(
     x: (M, K) bfloat16 or float16. multiply: the product alone, of a normed x, for numbers of tokens that no kernel does
     all of this for.
     """
-    from qwantize_vllm.matmul.triton_normed import add_norm, silu_and_mul
-
     shape = one_kernel(x, norm, weight, gated)
     if shape is not None:
         from qwantize_vllm.matmul.gluon_decode import matmul_decode
 
         return matmul_decode(x, weight, bias, shape, norm=norm, gated=gated)
-    y = multiply(add_norm(x, norm))
-    return silu_and_mul(y) if gated else y
+    y = multiply(_norm(x, norm))
+    return _gate(y) if gated else y
+
+
+def _norm(x: torch.Tensor, norm: AddedNorm) -> torch.Tensor:
+    from qwantize_vllm.matmul.triton_normed import add_norm
+
+    if not x.is_cuda:
+        return add_norm(x, norm)
+    key = ("norm", x.shape, x.stride(), norm.residual.stride(), x.dtype, norm.epsilon, x.get_device())
+    inputs = (x, norm.residual, norm.gain, norm.sums)
+    return replay_or_run(key, inputs, lambda launch: add_norm(x, norm, launch))
+
+
+def _gate(y: torch.Tensor) -> torch.Tensor:
+    from qwantize_vllm.matmul.triton_normed import silu_and_mul
+
+    if not y.is_cuda:
+        return silu_and_mul(y)
+    return replay_or_run(("gate", y.shape, y.dtype, y.get_device()), (y,), lambda launch: silu_and_mul(y, launch))
 
 
 def one_kernel(x: torch.Tensor, norm: AddedNorm, weight: SwizzledNvfp4, gated: bool) -> DecodeShape | None:

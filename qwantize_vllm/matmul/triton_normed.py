@@ -8,17 +8,21 @@ import torch
 import triton
 import triton.language as tl
 
+from qwantize_vllm.matmul.gpu import Launch, launch_now
+
 if TYPE_CHECKING:
     from qwantize_vllm.matmul.normed import AddedNorm
 
 _COLUMNS = 1024  # of a program of the gate
 
 
-def add_norm(x: torch.Tensor, norm: AddedNorm) -> torch.Tensor:
+def add_norm(x: torch.Tensor, norm: AddedNorm, launch: Launch = launch_now) -> torch.Tensor:
     """x (M, K) -> rms_norm(x + residual) * gain, contiguous; writes norm.sums. Sums and squares are float32."""
     y = torch.empty_like(norm.sums)
     if y.numel():
-        _add_norm_kernel[(y.shape[0],)](
+        launch(
+            _add_norm_kernel,
+            (y.shape[0],),
             x,
             norm.residual,
             norm.gain,
@@ -34,12 +38,12 @@ def add_norm(x: torch.Tensor, norm: AddedNorm) -> torch.Tensor:
     return y
 
 
-def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+def silu_and_mul(x: torch.Tensor, launch: Launch = launch_now) -> torch.Tensor:
     """x (M, 2 * N), contiguous -> (M, N): silu(x[:, :N]) * x[:, N:], computed in float32."""
     m, n = x.shape[0], x.shape[1] // 2
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if y.numel():
-        _gate_kernel[(m, triton.cdiv(n, _COLUMNS))](x, y, n, COLUMNS=_COLUMNS, num_warps=4)
+        launch(_gate_kernel, (m, triton.cdiv(n, _COLUMNS)), x, y, n, COLUMNS=_COLUMNS, num_warps=4)
     return y
 
 
