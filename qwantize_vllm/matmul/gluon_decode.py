@@ -349,6 +349,7 @@ def _decode_kernel(
     BLOCKS: gl.constexpr = TILES * 64 // BLOCK_SIZE
     # Bytes of scales, one a block, that a lane has of a row: those of its places; at 8 places it has two.
     COUNT: gl.constexpr = BLOCKS // (PLACES if PLACES < 8 else 4)
+    gl.static_assert(COUNT >= 2, "a step of so few tiles has too few blocks for so few tokens")
     # Early: at the end every thread would wait for it.
     global_scale = global_scale_ptr if SCALE_A_ROW else gl.load(global_scale_ptr)
     thread = gl.arange(0, 32 * num_warps, gl.BlockedLayout([1], [32], [num_warps], [0]))

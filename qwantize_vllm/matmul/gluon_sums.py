@@ -15,13 +15,37 @@ _LEAVE = gl.constexpr(
     "min.u32 b1, $2, 0xfffffffe; min.u32 b2, $3, 0xfffffffe; min.u32 b3, $4, 0xfffffffe; "
     "st.relaxed.gpu.global.v4.b32 [a], {b0, b1, b2, b3}; mov.u32 $0, 0; }"
 )
-_READ = gl.constexpr(
-    "{ .reg .b64 a; cvt.u64.u32 a, $8; add.s64 a, a, $4; ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [a]; }"
-)
 _EMPTY_AGAIN = gl.constexpr(
     "{ .reg .b64 a; .reg .u32 b; cvt.u64.u32 a, $5; add.s64 a, a, $1; mov.u32 b, 0xffffffff; "
     "st.relaxed.gpu.global.v4.b32 [a], {b, b, b, b}; mov.u32 $0, 0; }"
 )
+
+
+# Groups of four words of a thread that are waited for together: so many reads are under way, and only these are read
+# again where a word is missing. They divide the 8 groups that a tile of 64 tokens has.
+_TOGETHER = 8
+
+
+def _add_when_there(groups: int) -> str:
+    """PTX: add 4*groups words to as many sums once none is EMPTY. A warp waits by itself, its lanes together."""
+    n = 4 * groups
+    reads = "".join(
+        f"ld.relaxed.gpu.global.v4.b32 {{{', '.join(f'w{4 * group + i}' for i in range(4))}}}, [a+{2048 * group}]; "
+        for group in range(groups)
+    )
+    largest = "".join(f"max.u32 largest, largest, w{i}; " for i in range(n))
+    sums = "".join(f"add.f32 w{i}, w{i}, ${n + i}; " for i in range(n))
+    results = "".join(f"mov.b32 ${i}, w{i}; " for i in range(n))
+    return (
+        f"{{ .reg .b64 a; .reg .b32 w<{n}>, largest; .reg .pred p; cvt.u64.u32 a, ${3 * n}; add.s64 a, a, ${2 * n}; "
+        f"again: {reads}mov.u32 largest, 0; {largest}setp.eq.u32 p, largest, 0xffffffff; "
+        f"vote.sync.any.pred p, p, 0xffffffff; @p bra again; {sums}{results}}}"
+    )
+
+
+_WORDS_TOGETHER = gl.constexpr(4 * _TOGETHER)
+_ADD = gl.constexpr(_add_when_there(_TOGETHER))
+_ADD_OPERANDS = gl.constexpr(",".join(name for name in ("=f", "f", "l", "r") for _ in range(4 * _TOGETHER)))
 
 
 @gluon.jit
@@ -51,29 +75,12 @@ def leave_sums(total, sums_ptr, place):
 
 
 @gluon.jit
-def add_sums(total, sums_ptr, place, TWICE: gl.constexpr):
-    """total, float32 (64, tokens), and the sums that are left at `place`, once all are there; the words are EMPTY then.
-
-    TWICE: read them again to add them, for want of registers to keep some while others are missing.
-    """
+def add_sums(total, sums_ptr, place):
+    """total, float32 (64, tokens), plus the sums left at `place`, once all are there; the words are EMPTY then."""
     start, inside = _words(sums_ptr, place, total)
-    words = _read(start, inside)
-    while _are_missing(words):
-        words = _read(start, inside)
-    if TWICE:
-        words = _read(start, inside)
+    total = gl.inline_asm_elementwise(
+        _ADD, _ADD_OPERANDS, [total, start, inside], gl.float32, is_pure=False, pack=_WORDS_TOGETHER
+    )
     ASM: gl.constexpr = "=r,l,l,l,l,r,r,r,r"
     gl.inline_asm_elementwise(_EMPTY_AGAIN, ASM, [start, inside], gl.int8, is_pure=False, pack=4)
-    return total + words.to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _are_missing(words):
-    """Whether any word of the warp group is EMPTY, the largest uint32."""
-    return gl.max(gl.max(words.to(gl.uint32, bitcast=True), 1), 0) == 0xFFFFFFFF
-
-
-@gluon.jit
-def _read(start, inside):
-    ASM: gl.constexpr = "=r,=r,=r,=r,l,l,l,l,r,r,r,r"
-    return gl.inline_asm_elementwise(_READ, ASM, [start, inside], gl.int32, is_pure=False, pack=4)
+    return total

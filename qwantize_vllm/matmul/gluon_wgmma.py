@@ -167,7 +167,7 @@ def _consume(buffers, extent, result, sums_ptr, PART: gl.constexpr, BLOCK_SIZE: 
             leave_sums(total, sums_ptr, first + split * GROUPS)
         else:
             for other in range(parts - 1):
-                total = add_sums(total, sums_ptr, first + other * GROUPS, TOKENS > 128)
+                total = add_sums(total, sums_ptr, first + other * GROUPS)
             _finish(total, result, row * GROUPS + PART, token * TOKENS)
     tma.store_wait(0)
 

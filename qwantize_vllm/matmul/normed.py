@@ -77,7 +77,7 @@ def one_kernel(x: torch.Tensor, norm: AddedNorm, weight: SwizzledNvfp4, gated: b
     """The shape of the kernel that does all of it for x (M, K); None where there is none, or it cannot."""
     if not x.is_cuda:
         return None
-    shape = choose_normed_shape(capability_major(x.device), x.shape[0], gated)
+    shape = choose_normed_shape(capability_major(x.device), x.shape[0], gated, weight.block_size)
     if shape is None or x.dtype != torch.bfloat16 or (gated and weight.shape[0] % (2 * ROWS)):
         return None
     from qwantize_vllm.matmul.backends import why_not_gluon

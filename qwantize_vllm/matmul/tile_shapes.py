@@ -73,11 +73,20 @@ RULES = {
         Rule(256, 0, 0, TileShape(64, 1, 2, 4, 3)),
     )
 }
-# Of the kernel that norms x first, and perhaps gates the result, by the number of tokens: (as it is, gated).
+
+
+class NormedShapes(NamedTuple):
+    """Of the kernel that norms x first: where it does not gate the result, and where it does, by the block size."""
+
+    plain: DecodeShape
+    gated: dict[int, DecodeShape]
+
+
+# By the number of tokens.
 _NORMED = {
     9: {
-        1: (DecodeShape(1, 1, 4, 8), DecodeShape(1, 2, 2, 4)),
-        2: (DecodeShape(2, 1, 4, 8), DecodeShape(2, 4, 2, 4)),
+        1: NormedShapes(DecodeShape(1, 1, 4, 8), {16: DecodeShape(1, 2, 2, 4), 32: DecodeShape(1, 2, 4, 2)}),
+        2: NormedShapes(DecodeShape(2, 1, 4, 8), {16: DecodeShape(2, 4, 2, 4), 32: DecodeShape(2, 2, 4, 2)}),
     }
 }
 NORMED_TOKENS = (1, 2)
@@ -102,10 +111,12 @@ def choose_shape(major: int | None, tokens: int, groups: int, tiles: int, gluon:
     return None
 
 
-def choose_normed_shape(major: int | None, tokens: int, gated: bool) -> DecodeShape | None:
+def choose_normed_shape(major: int | None, tokens: int, gated: bool, block_size: int) -> DecodeShape | None:
     """The shape for so many tokens that are normed first; None where that is left to a kernel of its own."""
     shapes = _NORMED.get(major or 0, {}).get(tokens)
-    return None if shapes is None else shapes[gated]
+    if shapes is None:
+        return None
+    return shapes.gated[block_size] if gated else shapes.plain
 
 
 def shapes_for(major: int | None, groups: int, tiles: int) -> list[Shape]:

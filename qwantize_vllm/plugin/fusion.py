@@ -48,7 +48,7 @@ def install_fusion(config: VllmConfig, settings: QwantizeSettings) -> None:
     if not settings.fuse_norms or envs.VLLM_BATCH_INVARIANT or not current_platform.is_cuda():
         return
     device = torch.device("cuda", torch.cuda.current_device())
-    if choose_normed_shape(capability_major(device), 1, gated=False) is None:
+    if choose_normed_shape(capability_major(device), 1, gated=False, block_size=settings.block_size) is None:
         return
     passes = config.compilation_config.inductor_compile_config
     if current_platform.pass_key in passes:

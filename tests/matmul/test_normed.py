@@ -90,18 +90,25 @@ def test_op(place, gated, m):
     assert relative_error(y, exact) < 1.1 * relative_error(in_steps(x, q, bias, norm, gated), exact)
 
 
-SHAPES = dict.fromkeys(
-    (choose_normed_shape(9, tokens, gated), gated) for tokens in NORMED_TOKENS for gated in (False, True)
-)
-
 MORE = [(DecodeShape(2, 4, 4, 4), True), (DecodeShape(4, 2, 4, 4), False)]
-SIZES = [(128, 1056, 32), (256, 2080, 16), (6144, 4096, 16), (28672, 4096, 16)]
+SIZES = [(128, 1056, 32), (256, 2080, 16), (6144, 4096, 16), (28672, 4096, 16), (28672, 4096, 32)]
+CASES = [
+    (shape, gated, *size)
+    for size in SIZES
+    for shape, gated in [
+        *(
+            (choose_normed_shape(9, tokens, gated, size[2]), gated)
+            for tokens in NORMED_TOKENS
+            for gated in (False, True)
+        ),
+        *MORE,
+    ]
+]
 
 
 @hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize(("shape", "gated"), [*SHAPES, *MORE])
-@pytest.mark.parametrize(("n", "k", "block_size"), SIZES)
+@pytest.mark.parametrize(("shape", "gated", "n", "k", "block_size"), CASES)
 def test_one_kernel(shape, gated, n, k, block_size):
     x, q = make("cuda", n, k, shape.tokens, torch.bfloat16, block_size)
     weight, norm = swizzle(q), make_norm(x)
@@ -125,8 +132,8 @@ def test_what_one_kernel_is_for():
         cut = norm._replace(residual=norm.residual[:m], sums=norm.sums[:m])
         return one_kernel(x[:m], cut._replace(**changed), weight, gated=True)
 
-    assert of(1) == choose_normed_shape(9, 1, gated=True)
-    assert of(2) == choose_normed_shape(9, 2, gated=True)
+    assert of(1) == choose_normed_shape(9, 1, gated=True, block_size=16)
+    assert of(2) == choose_normed_shape(9, 2, gated=True, block_size=16)
     assert of(3) is None
     odd = torch.zeros(1, 257, dtype=x.dtype, device="cuda")[:, 1:]
     assert of(1, residual=odd) is None
