@@ -22,10 +22,19 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from qwantize_vllm.hessian.triton_accumulate import _add_blocks_kernel
 from qwantize_vllm.matmul import grouped_shapes
-from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, ELSEWHERE, RULES, DecodeShape, TileShape
+from qwantize_vllm.matmul.tile_shapes import (
+    ANY_TOKENS,
+    ELSEWHERE,
+    NORMED_TOKENS,
+    RULES,
+    DecodeShape,
+    TileShape,
+    choose_normed_shape,
+)
 from qwantize_vllm.matmul.triton_dequantize import _dequantize_kernel
 from qwantize_vllm.matmul.triton_fused import _fused_kernel, _reduce_kernel
 from qwantize_vllm.matmul.triton_grouped import _grouped_kernel, _sum_kernel
+from qwantize_vllm.matmul.triton_normed import _add_norm_kernel, _gate_kernel
 from qwantize_vllm.matmul.triton_plan import _count_kernel, _place_kernel
 from qwantize_vllm.matmul.triton_swizzle import _scales_kernel, _words_kernel
 from qwantize_vllm.matmul.triton_swizzled import _swizzled_kernel
@@ -90,6 +99,10 @@ def variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, A
     for dtype, bias in itertools.product(HALVES, (False, True)):
         pointers = {"partial_ptr": "*fp32", "global_scale_ptr": "*fp32", "bias_ptr": dtype, "y_ptr": dtype}
         yield _reduce_kernel, pointers, {"HAS_BIAS": bias, "TILE": 1024}
+    for dtype in HALVES:
+        names = ("x_ptr", "residual_ptr", "gain_ptr", "sums_ptr", "y_ptr")
+        yield _add_norm_kernel, {**dict.fromkeys(names, dtype), "epsilon": "fp32"}, {"COLUMNS": 4096}
+        yield _gate_kernel, {"x_ptr": dtype, "y_ptr": dtype}, {"COLUMNS": 1024}
 
 
 def expert_variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
@@ -136,7 +149,25 @@ def decode_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         pointers["scales_ptr"] = "*i32" if block == 16 else "*i16"
         tile = {"TOKENS": shape.tokens, "PARTS": shape.parts, "TILES": shape.tiles}
         flags = {"BLOCK_SIZE": block, "SCALE_A_ROW": number % 2 == 0, "WHOLE": number % 3 == 0}
-        yield _decode_kernel, pointers, {**tile, **flags, "num_warps": shape.warps}
+        without = dict.fromkeys(("residual_ptr", "gain_ptr", "sums_ptr", "residual_stride", "epsilon"))
+        yield _decode_kernel, pointers, {**tile, **flags, **without, "GATED": False, "num_warps": shape.warps}
+
+
+def normed_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Hopper's kernel for few tokens where it norms x: each shape once."""
+    from qwantize_vllm.matmul.gluon_decode import _decode_kernel
+
+    names = ("x_ptr", "y_ptr", "residual_ptr", "gain_ptr", "sums_ptr")
+    cases = itertools.product(NORMED_TOKENS, ((False, 16), (True, 16), (True, 32)))
+    for number, (tokens, (gated, block)) in enumerate(cases):
+        shape = choose_normed_shape(9, tokens, gated, block)
+        assert shape is not None
+        scales = "*i32" if block == 16 else "*i16"
+        pointers = {**dict.fromkeys(names, "*bf16"), "words_ptr": "*i16", "scales_ptr": scales, "epsilon": "fp32"}
+        pointers["global_scale_ptr"] = "*fp32"
+        tile = {"TOKENS": tokens, "PARTS": shape.parts, "TILES": shape.tiles, "num_warps": shape.warps}
+        flags = {"BLOCK_SIZE": block, "SCALE_A_ROW": number % 2 == 0, "WHOLE": number % 3 != 0, "GATED": gated}
+        yield _decode_kernel, pointers, {**tile, **flags, "bias_ptr": None}
 
 
 def wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
@@ -159,6 +190,7 @@ def wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         yield _wgmma_kernel, types, {**names, **stages, "BLOCK_SIZE": block, "num_warps": 4}
     yield from grouped_wgmma_variants()
     yield from decode_variants()
+    yield from normed_variants()
 
 
 def grouped_wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
