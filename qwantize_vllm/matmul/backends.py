@@ -160,7 +160,7 @@ def run_experts(
     many = topk_ids.numel() >= WGMMA_PAIRS * w13.words.shape[0]
     if not (many and x.is_cuda and capability_major(x.device) == 9):
         return experts_swizzled(*given)
-    if reason := _why_no_gluon() or _why_no_grouped_wgmma(w13, w2):
+    if reason := why_no_gluon() or _why_no_grouped_wgmma(w13, w2):
         _tell_once(f"the kernel of gluon_grouped {reason}; a slower one takes its place")
         return experts_swizzled(*given)
     from qwantize_vllm.matmul.gluon_grouped import experts_wgmma
@@ -178,7 +178,7 @@ def why_not_gluon(x: torch.Tensor, weight: SwizzledNvfp4, shape: Shape) -> str |
     """Why the kernel of a shape, if it is one in Gluon, cannot multiply x (M, K) here; None where it can."""
     if isinstance(shape, TileShape):
         return None
-    if reason := _why_no_gluon():
+    if reason := why_no_gluon():
         return reason
     from qwantize_vllm.matmul import gluon_decode, gluon_wgmma
 
@@ -186,7 +186,8 @@ def why_not_gluon(x: torch.Tensor, weight: SwizzledNvfp4, shape: Shape) -> str |
 
 
 @functools.cache
-def _why_no_gluon() -> str | None:
+def why_no_gluon() -> str | None:
+    """Why kernels in Gluon do not work here; None where they do."""
     try:
         import qwantize_vllm.matmul.gluon_decode
         import qwantize_vllm.matmul.gluon_wgmma  # noqa: F401

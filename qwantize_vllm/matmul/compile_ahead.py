@@ -45,7 +45,7 @@ def compile_normed_ahead(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.
     for tokens in NORMED_TOKENS:
         x = _empty(tokens, k, weight, dtype)
         norm = AddedNorm(x, _empty(1, k, weight, dtype)[0], 1e-6, x)
-        shape = one_kernel(x, norm, weight, gated)
+        shape = one_kernel(x, norm, weight.shape[0], weight.block_size, gated)
         if shape is not None and _is_new(*_kind(weight, dtype, bias, shape), gated):
             from qwantize_vllm.matmul.gluon_decode import matmul_decode
 

@@ -12,7 +12,7 @@ from qwantize_vllm.matmul.backends import BACKENDS, choose_backend, run_experts,
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.experts_cpu import experts_one_by_one, members_of
 from qwantize_vllm.matmul.gpu import Launch, launch_now
-from qwantize_vllm.matmul.normed import AddedNorm, run_normed
+from qwantize_vllm.matmul.normed import AddedNorm, gate_alone, norm_alone, one_kernel
 from qwantize_vllm.matmul.replay import replay_or_run
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
 
@@ -98,14 +98,17 @@ def _normed_matmul_swizzled(
     backend: str,
     gated: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_matmul_swizzled` of rms_norm(x + residual) * gain, and x + residual; see `run_normed`. x: (M, K)."""
-    weight = SwizzledNvfp4(words, scales, global_scale, arrived, (n, x.shape[1]), block_size)
+    """y and x + residual, of x (M, K); y is `_matmul_swizzled` of rms_norm(x + residual) * gain, (M, n), or if gated
+    silu(its first half) * its second half."""
     norm = AddedNorm(residual, gain, epsilon, torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    tensors = (words, scales, global_scale, arrived)
+    if (shape := one_kernel(x, norm, n, block_size, gated)) is not None:
+        from qwantize_vllm.matmul.gluon_decode import matmul_decode
 
-    def multiply(normed: torch.Tensor) -> torch.Tensor:
-        return _matmul_swizzled(normed, words, scales, global_scale, arrived, bias, n, block_size, backend)
-
-    return run_normed(x, norm, weight, bias, gated, multiply), norm.sums
+        weight = SwizzledNvfp4(*tensors, (n, x.shape[1]), block_size)
+        return matmul_decode(x, weight, bias, shape, norm=norm, gated=gated), norm.sums
+    y = _matmul_swizzled(norm_alone(x, norm), *tensors, bias, n, block_size, backend)
+    return gate_alone(y) if gated else y, norm.sums
 
 
 def _fake_normed_matmul_swizzled(

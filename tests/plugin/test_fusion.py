@@ -5,6 +5,9 @@ float16, as what interprets kernels here truncates bfloat16.
 
 from __future__ import annotations
 
+import logging
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -12,11 +15,14 @@ pytest.importorskip("triton")
 pytest.importorskip("vllm")
 
 import vllm.ir  # noqa: F401
+from vllm.compilation.passes.inductor_pass import InductorPass
 
 from qwantize_vllm import quantize_nvfp4
 from qwantize_vllm.matmul.op import matmul_swizzled_op, normed_matmul_swizzled_op
 from qwantize_vllm.matmul.swizzle import swizzle
-from qwantize_vllm.plugin.fusion import FuseNorms
+from qwantize_vllm.plugin import fusion
+from qwantize_vllm.plugin.fusion import FuseNorms, install_fusion
+from qwantize_vllm.settings import QwantizeSettings
 
 K, INTERMEDIATE = 128, 192
 norm_op = torch.ops.vllm_ir.fused_add_rms_norm.default
@@ -139,6 +145,51 @@ def test_a_gate_whose_product_is_read_elsewhere_stays(inputs):
     assert torch.ops.aten.mul.Tensor in targets
     for result, expected in zip(results, layer(*inputs), strict=True):
         assert relative(result, expected) < 2e-3
+
+
+KEY = "post_grad_custom_post_pass"
+
+
+@pytest.fixture
+def hopper_config(monkeypatch):
+    """A config of vLLM's, as far as it is looked at, on a machine that says it has a Hopper GPU."""
+    platform = SimpleNamespace(is_cuda=lambda: True, pass_key=KEY)
+    monkeypatch.setattr(fusion, "current_platform", platform)
+    monkeypatch.setattr(fusion, "capability_major", lambda device: 9)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return SimpleNamespace(compilation_config=SimpleNamespace(inductor_compile_config={}))
+
+
+def passes(config, **settings):
+    install_fusion(config, QwantizeSettings(**settings))
+    return config.compilation_config.inductor_compile_config
+
+
+def test_the_pass_is_installed_where_a_kernel_gains_by_it(hopper_config, monkeypatch):
+    assert isinstance(passes(hopper_config)[KEY], FuseNorms)
+    hopper_config.compilation_config.inductor_compile_config.clear()
+    assert not passes(hopper_config, fuse_norms=False)
+    monkeypatch.setattr(fusion, "capability_major", lambda device: 8)
+    assert not passes(hopper_config)
+    fusion.current_platform.is_cuda = lambda: False
+    assert not passes(hopper_config)
+
+
+def test_batch_invariance_leaves_norms_alone(hopper_config, monkeypatch):
+    monkeypatch.setattr(fusion.envs, "VLLM_BATCH_INVARIANT", True)
+    assert not passes(hopper_config)
+
+
+def test_a_pass_of_the_users_own_stays_and_the_log_says_so(hopper_config, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    hopper_config.compilation_config.inductor_compile_config[KEY] = "own"
+    assert passes(hopper_config) == {KEY: "own"}
+    assert "norms stay kernels of their own" in caplog.text
+
+
+def test_vllms_compile_cache_tells_versions_of_the_pass_apart():
+    assert FuseNorms().uuid() == FuseNorms().uuid()
+    assert FuseNorms().uuid() != InductorPass.hash_source(FuseNorms)
 
 
 def relative(y, expected):
