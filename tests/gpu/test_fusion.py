@@ -1,0 +1,79 @@
+"""Norms and gates in the kernels of products, in an engine: that they are, and that nothing else changes.
+
+Run with vLLM's CUDA build, on a GPU of Hopper: pytest -m gpu tests/gpu/test_fusion.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.checkpoints import write_tiny
+from tests.e2e.engine import run_engine
+from tests.e2e.probe import generate
+from tests.matmul.test_wgmma import hopper
+
+PROMPTS = [[1, 5, 9, 30], [7], list(range(3, 90))]
+LAYERS = 3
+
+pytestmark = [
+    hopper,
+    pytest.mark.gpu,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+launched: Counter[tuple[bool, bool]] = Counter()
+
+
+def count_launches() -> None:
+    """Of the kernel for few tokens: whether it normed x, whether it gated."""
+    from qwantize_vllm.matmul import gluon_decode
+
+    launch = gluon_decode.matmul_decode
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        launched[options.get("norm") is not None, options.get("gated", False)] += 1
+        return launch(*arguments, **options)
+
+    gluon_decode.matmul_decode = counted
+
+
+def one_after_the_other(llm: Any) -> dict[str, Any]:
+    while_captured = dict(launched)
+    return {"completions": [generate(llm, [prompt], 12)[0] for prompt in PROMPTS], "launched": while_captured}
+
+
+def outcome_of(directory: Path, checkpoint: Path, fuse_norms: bool) -> dict[str, Any]:
+    outcome = run_engine(
+        one_after_the_other,
+        directory,
+        before=count_launches,
+        model=str(checkpoint),
+        quantization="qwantize",
+        additional_config={"qwantize": {"fuse_norms": fuse_norms}},
+        skip_tokenizer_init=True,
+        enforce_eager=False,
+        gpu_memory_utilization=0.2,
+    )
+    assert outcome.exit_code == 0, outcome.log[-5000:]
+    return outcome.result
+
+
+def test_an_engine_says_the_same_with_norms_in_products(tmp_path: Path) -> None:
+    checkpoint = write_tiny(tmp_path / "tiny", num_hidden_layers=LAYERS)
+    fused, steps = (outcome_of(tmp_path / str(on), checkpoint, on) for on in (True, False))
+    # Each at least once for one token and for two; the first qkv follows a norm without a sum.
+    assert fused["launched"].get((True, True), 0) >= 2 * LAYERS
+    assert fused["launched"].get((True, False), 0) >= 2 * (LAYERS - 1)
+    assert not any(normed for normed, _ in steps["launched"])
+    for one, other in zip(fused["completions"], steps["completions"], strict=True):
+        for mine, theirs in zip(one["logprobs"], other["logprobs"], strict=True):
+            both = mine.keys() & theirs.keys()
+            assert len(both) >= 15  # of the 20 likeliest
+            # Sums of bfloat16 products are rounded elsewhere.
+            assert max(abs(mine[token] - theirs[token]) for token in both) < 0.1
+            if max(mine, key=mine.__getitem__) != max(theirs, key=theirs.__getitem__):
+                break  # a near tie; what follows has another past
