@@ -53,8 +53,9 @@ def matmul_decode(
     """x (M, K) bfloat16 or float16, as `why_not_decode` asks, M at most shape.tokens -> (M, N) in x's dtype.
 
     bias: (N,), any float dtype, or None. launch: what else to do with the kernel than to run it (compile_ahead.py).
-    norm: what is done to x first; gated: N/2 columns, silu(y's first half) * its second half. Both as
-    `why_not_normed` asks. bfloat16: products of values of x beyond 2^63 overflow.
+    norm: what is done to x first, in bfloat16 only; gated: (M, N/2), silu(first half of y) * second half, each of whole
+    groups of 64 rows of W. `one_kernel` (normed.py) asks for both. bfloat16: products of values of x beyond 2^63
+    overflow.
     """
     m, (n, k) = x.shape[0], weight.shape
     y = torch.empty(m, n // 2 if gated else n, dtype=x.dtype, device=x.device)
