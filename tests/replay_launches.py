@@ -14,9 +14,11 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from qwantize_vllm.matmul import gluon_wgmma, partial_sums, replay
+from qwantize_vllm.matmul import gluon_grouped, gluon_wgmma, launcher, partial_sums, replay, triton_grouped, triton_plan
+from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.gluon_decode import matmul_decode
 from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
+from qwantize_vllm.matmul.gpu import launch_now
 from qwantize_vllm.matmul.swizzle import ARRIVALS, SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import DecodeShape, TileShape
 from qwantize_vllm.matmul.triton_swizzled import matmul_swizzled
@@ -120,6 +122,37 @@ def check_areas() -> None:
     print("areas")
 
 
+def experts(n: int, k: int, gated: bool) -> SwizzledExperts:
+    count, groups, tiles = 8, -(-n // 64), -(-k // 64)
+    words = torch.empty(count, groups, tiles, 4, 256, dtype=torch.int16)
+    scales = torch.empty(count, groups, -(-tiles // 4), 64, 4, dtype=torch.int32)
+    return SwizzledExperts(words, scales, torch.ones(count, 1 + gated), (n, k), 16, gated)
+
+
+def check_experts(run: Any, tokens: int) -> None:
+    """That what is launched again is what Triton makes of the same arguments."""
+    w13, w2 = experts(256, 128, True), experts(128, 128, False)
+    x, weights = torch.empty(tokens, 128, dtype=torch.bfloat16), torch.ones(tokens, 2)
+    ids = torch.zeros(tokens, 2, dtype=torch.int32)
+    own = [x, weights, ids, *(each for w in (w13, w2) for each in (w.words, w.scales, w.global_scales))]
+
+    def launched(launch: Any) -> list[tuple[Any, ...]]:
+        triton_plan.launch_again = triton_grouped.launch_again = gluon_grouped.launch_again = launch
+        launches.clear()
+        run(x, w13, w2, weights, ids, "silu")
+        return list(launches)
+
+    launched(launcher.launch_again)
+    known = len(launcher._launchers)
+    again, direct = launched(launcher.launch_again), launched(launch_now)
+    assert len(launcher._launchers) == known
+    for pair in zip(again, direct, strict=True):
+        assert not any(isinstance(each, torch.Tensor) for each in pair[0])
+        for a, b in zip(*pair, strict=True):
+            assert described(a, own) == described(b, own), (a, b)
+    print(run.__name__, tokens)
+
+
 if __name__ == "__main__":
     driver.set_active(_Driver())
     bias = torch.zeros(256, dtype=torch.bfloat16)
@@ -128,3 +161,6 @@ if __name__ == "__main__":
     check(matmul_swizzled, 5, 8192, 1024, None, TileShape(8, 1, 4, 4, 3))
     check(matmul_wgmma, 200, 256, 4096, bias)
     check_areas()
+    check_experts(triton_grouped.experts_swizzled, 1)
+    check_experts(triton_grouped.experts_swizzled, 200)
+    check_experts(gluon_grouped.experts_wgmma, 500)

@@ -29,6 +29,7 @@ from qwantize_vllm.matmul.gluon_pipeline import (
 )
 from qwantize_vllm.matmul.gpu import multiprocessors
 from qwantize_vllm.matmul.grouped_shapes import choose_grouped_wgmma
+from qwantize_vllm.matmul.launcher import launch_again
 from qwantize_vllm.matmul.triton_grouped import activate, sum_experts
 from qwantize_vllm.matmul.triton_plan import make_plan, slots_for
 from qwantize_vllm.matmul.wgmma_shapes import WgmmaShape
@@ -67,9 +68,8 @@ def experts_wgmma(
         torch.empty(rows, width, dtype=x.dtype, device=x.device)
         for width in (x.shape[1], w13.shape[0] // 2, w2.shape[0])
     )
-    _copy_kernel[(rows,)](
-        x, plan[slots:], inputs, x.shape[1], topk_ids.shape[1], x.stride(0), COLUMNS=_COPY_COLUMNS, num_warps=4
-    )
+    copy = (x, plan[slots:], inputs, x.shape[1], topk_ids.shape[1], x.stride(0))
+    launch_again(_copy_kernel, (rows,), *copy, COLUMNS=_COPY_COLUMNS, num_warps=4)
     _launch(inputs, w13, plan, slots, h, shape, activation)
     _launch(h, w2, plan, slots, z, shape, "none")
     sum_experts(z[None], topk_weights, ids, plan[slots + rows :], y)
@@ -86,10 +86,12 @@ def _launch(
     activation: str,
 ) -> None:
     groups, tiles = weight.words.shape[1:3]
-    row_tiles = triton.cdiv(groups, shape.groups)
+    row_tiles = -(-groups // shape.groups)
     works, width = slots * row_tiles, 64 if activation == "none" else 32
     y_layout = X_LAYOUT if activation == "none" else H_LAYOUT
-    _grouped_wgmma_kernel[(min(works, multiprocessors(x.device)),)](
+    launch_again(
+        _grouped_wgmma_kernel,
+        (min(works, multiprocessors(x.device)),),
         TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [shape.tokens, 64], X_LAYOUT),
         *weight_descriptors(weight.words, weight.scales),
         TensorDescriptor(y, list(y.shape), [y.stride(0), 1], [shape.tokens, width], y_layout),

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from qwantize_vllm.matmul.gpu import Launch, launch_now
+from qwantize_vllm.matmul.launcher import ALIGNMENT, launcher
 from qwantize_vllm.matmul.partial_sums import area_of_stream, is_area
 
 # Runs a product through launchers that get this launch: (launch) -> y.
 Run = Callable[[Launch], torch.Tensor]
 
-_ALIGNMENT = 16
 _MOST = 4096  # recordings: some 50 sizes of graphs for each kind of layer, and what else comes along
 _recordings: dict[Hashable, Recording | None] = {}
 _UNKNOWN: Any = object()
@@ -45,7 +45,7 @@ def replay_or_run(key: Hashable, inputs: Sequence[torch.Tensor | None], run: Run
         run: see Run. What it launches depends on key and inputs alone.
     """
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
-    if functools.reduce(operator.or_, addresses) % _ALIGNMENT:
+    if functools.reduce(operator.or_, addresses) % ALIGNMENT:
         return run(launch_now)
     recording = _recordings.get(key, _UNKNOWN)
     if recording is _UNKNOWN:
@@ -78,7 +78,7 @@ class _Recorder:
         names = kernel.arg_names[len(arguments) :]
         if not isinstance(compiled, CompiledKernel) or any(name not in constants for name in names):
             return None
-        recording = Recording(_launcher(compiled, (*grid, 1, 1)[:3], y.device), y)
+        recording = Recording(launcher(compiled, y.device), grid, y)
         tensors = [*inputs, y]
         for argument in (*arguments, *(constants[name] for name in names)):
             if not recording.add(argument, tensors):
@@ -89,8 +89,8 @@ class _Recorder:
 class Recording:
     """A launch without its tensors."""
 
-    def __init__(self, launch: Callable[..., None], y: torch.Tensor) -> None:
-        self._launch, self._arguments = launch, list[Any]()
+    def __init__(self, launch: Callable[..., None], grid: tuple[int, ...], y: torch.Tensor) -> None:
+        self._launch, self._grid, self._arguments = launch, grid, list[Any]()
         # Places among the arguments, and which tensor belongs there: an input by its number, then y, then scratch.
         self._addresses: list[tuple[int, int]] = []
         self._descriptors: list[tuple[int, int, Callable[[torch.Tensor | None], Any]]] = []
@@ -140,30 +140,8 @@ class Recording:
             arguments[place] = addresses[number]
         for place, number, descriptor in self._descriptors:
             arguments[place] = descriptor(y if number == len(inputs) else inputs[number])
-        self._launch(*arguments)
+        self._launch(self._grid, *arguments)
         return y
-
-
-def _launcher(compiled: Any, grid: tuple[int, ...], device: torch.device) -> Callable[..., None]:
-    """compiled[grid], for a stream of the device, but that it costs nothing to tell hooks that are not there."""
-    from triton import knobs
-    from triton.runtime import driver
-
-    run, function, metadata, tell_hooks = compiled.run, compiled.function, compiled.packed_metadata, compiled[grid]
-    stream_of, runtime = driver.active.get_current_stream, knobs.runtime
-
-    def launch(*arguments: Any) -> None:
-        if _is_there(runtime.launch_enter_hook) or _is_there(runtime.launch_exit_hook):
-            tell_hooks(*arguments)
-        else:
-            run(*grid, stream_of(device.index), function, metadata, None, None, None, *arguments)
-
-    return launch
-
-
-def _is_there(hook: Any) -> bool:
-    """Whether somebody wants to know of launches: there are chains of hooks, empty ones, and single hooks."""
-    return bool(getattr(hook, "calls", hook))
 
 
 def _index(tensor: torch.Tensor, tensors: list[torch.Tensor | None]) -> int | None:

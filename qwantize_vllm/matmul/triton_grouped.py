@@ -29,6 +29,7 @@ import triton.language as tl
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.gpu import capability_major, multiprocessors
 from qwantize_vllm.matmul.grouped_shapes import choose_grouped
+from qwantize_vllm.matmul.launcher import launch_again
 from qwantize_vllm.matmul.swizzle import COLUMNS
 from qwantize_vllm.matmul.tile_shapes import TileShape
 from qwantize_vllm.matmul.triton_fragments import (
@@ -108,7 +109,9 @@ def sum_experts(
     their order.
     """
     (splits, rows, n), (tokens, top_k) = z.shape, topk_weights.shape
-    _sum_kernel[(tokens, triton.cdiv(n, _SUM_COLUMNS))](
+    launch_again(
+        _sum_kernel,
+        (tokens, -(-n // _SUM_COLUMNS)),
         z,
         topk_weights,
         ids,
@@ -134,7 +137,7 @@ def _tiles(ids: torch.Tensor, experts: int, width: int) -> Tiles:
 def _splits(device: torch.device, tiles: Tiles, weight: SwizzledExperts, shape: TileShape) -> int:
     """Slices of K, a power of two, so that few rows still fill the GPU."""
     groups, columns = weight.words.shape[1:3]
-    programs = min(tiles.slots, tiles.experts) * triton.cdiv(groups, shape.groups)
+    programs = min(tiles.slots, tiles.experts) * -(-groups // shape.groups)
     wanted = _PROGRAMS * multiprocessors(device) // programs
     splits = max(1, min(columns // _SHORTEST, wanted))
     return 1 << (splits.bit_length() - 1)
@@ -153,7 +156,9 @@ def _launch(
     """share: pairs that share a row of x, one after the other."""
     groups, columns = weight.words.shape[1:3]
     (n, k), planned = weight.shape, tiles.plan is not None
-    _grouped_kernel[(tiles.slots, triton.cdiv(groups, shape.groups), splits)](
+    launch_again(
+        _grouped_kernel,
+        (tiles.slots, -(-groups // shape.groups), splits),
         x,
         weight.words,
         weight.scales,

@@ -17,25 +17,27 @@ import torch
 import triton
 import triton.language as tl
 
+from qwantize_vllm.matmul.launcher import launch_again
+
 _CHUNK = 1024  # pairs counted by a program
 _OWN = 128  # pairs placed by a program
 
 
 def slots_for(pairs: int, experts: int, width: int) -> int:
     """As many as there can be tiles so wide."""
-    return min(pairs, triton.cdiv(pairs, width) + experts)
+    return min(pairs, -(-pairs // width) + experts)
 
 
 def make_plan(ids: torch.Tensor, experts: int, width: int, slots: int) -> torch.Tensor:
     """int32 (slots * (1 + width) + pairs,) for ids int32 (pairs,)."""
-    pairs, bins = len(ids), triton.next_power_of_2(experts + 1)
-    chunks = triton.cdiv(pairs, _CHUNK)
+    pairs, bins = len(ids), 1 << experts.bit_length()
+    chunks = -(-pairs // _CHUNK)
     plan = torch.empty(slots * (1 + width) + pairs, dtype=torch.int32, device=ids.device)
     counts = torch.empty(chunks, bins, dtype=torch.int32, device=ids.device)
-    _count_kernel[(chunks,)](ids, counts, plan, pairs, slots * (1 + width), BINS=bins, CHUNK=_CHUNK, num_warps=8)
-    _place_kernel[(triton.cdiv(pairs, _OWN),)](
-        ids, counts, plan, pairs, slots, chunks, WIDTH=width, BINS=bins, CHUNK=_CHUNK, OWN=_OWN, num_warps=8
-    )
+    sizes = {"BINS": bins, "CHUNK": _CHUNK, "num_warps": 8}
+    launch_again(_count_kernel, (chunks,), ids, counts, plan, pairs, slots * (1 + width), **sizes)
+    place = (ids, counts, plan, pairs, slots, chunks)
+    launch_again(_place_kernel, (-(-pairs // _OWN),), *place, WIDTH=width, OWN=_OWN, **sizes)
     return plan
 
 
