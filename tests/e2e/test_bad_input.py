@@ -17,7 +17,7 @@ pytestmark = pytest.mark.e2e
 
 KEYS = (
     "allowed keys: ['scale_search', 'block_size', 'global_scale', 'hessian', 'refine', 'gptq_damping', 'gptq_order', "
-    "'gptq_sweeps', 'ignore', 'cache_dir', 'towers', 'quantize_gates', 'strict', 'backend']"
+    "'gptq_sweeps', 'ignore', 'cache_dir', 'towers', 'quantize_gates', 'fuse_norms', 'strict', 'backend']"
 )
 
 

@@ -27,6 +27,7 @@ DEFAULTS = {
     "ignore": [],
     "towers": "leave",
     "quantize_gates": False,
+    "fuse_norms": True,
     "strict": False,
     "backend": "auto",
 }
