@@ -123,7 +123,7 @@ def run_swizzled(
     major, (groups, tiles) = capability_major(x.device), weight.words.shape[:2]
     shape = choose_shape(major, x.shape[0], groups, tiles, gluon=x.is_cuda)
     if shape is not None and (reason := why_not_gluon(x, weight, shape)):
-        _tell_once(f"a kernel in Gluon {reason}; slower ones take its place")
+        tell_once(f"a kernel in Gluon {reason}; slower ones take its place")
         shape = choose_shape(major, x.shape[0], groups, tiles, gluon=False)
     if backend == "unswizzled" or (backend == "auto" and shape is None):
         return matmul_unswizzled(x, weight, bias)
@@ -161,7 +161,7 @@ def run_experts(
     if not (many and x.is_cuda and capability_major(x.device) == 9):
         return experts_swizzled(*given)
     if reason := why_no_gluon() or _why_no_grouped_wgmma(w13, w2):
-        _tell_once(f"the kernel of gluon_grouped {reason}; a slower one takes its place")
+        tell_once(f"the kernel of gluon_grouped {reason}; a slower one takes its place")
         return experts_swizzled(*given)
     from qwantize_vllm.matmul.gluon_grouped import experts_wgmma
 
@@ -197,7 +197,8 @@ def why_no_gluon() -> str | None:
 
 
 @functools.cache
-def _tell_once(line: str) -> None:
+def tell_once(line: str) -> None:
+    """A warning, the first time that it is given in a process."""
     logger.warning(line)
 
 

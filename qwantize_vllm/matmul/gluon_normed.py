@@ -36,8 +36,8 @@ def _add_pairs(pair, other):
 def _add_and_weigh(pair, squares, norm, column, k, WHOLE: gl.constexpr):
     """The pair of bfloat16 plus that of the residual, rounded, times that of the gain; squares plus those of the sums.
 
-    The sums are written by a program that does nothing else: after a store here, what is read next would have to wait
-    until what was stored has been read.
+    The sums are written by a program that does nothing else. A store here would keep the compiler from moving the
+    loads of the next turn before it, which then wait for memory once more.
     """
     residual, gain = norm
     MULTIPLY: gl.constexpr = "mul.rn.bf16x2 $0, $1, $2;"

@@ -23,6 +23,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
 def capability_major(device: torch.device) -> int | None:
     """The major version of an NVIDIA GPU's compute capability; None for a GPU of AMD."""
     if device.type != "cuda":

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from qwantize_vllm.matmul.backends import why_no_gluon
+from qwantize_vllm.matmul.backends import tell_once, why_no_gluon
 from qwantize_vllm.matmul.gpu import capability_major
 from qwantize_vllm.matmul.replay import replay_or_run
 from qwantize_vllm.matmul.swizzle import ROWS
@@ -41,10 +41,17 @@ def one_kernel(x: torch.Tensor, norm: AddedNorm, n: int, block_size: int, gated:
     shape = choose_normed_shape(capability_major(x.device), x.shape[0], gated, block_size)
     if shape is None or x.dtype != torch.bfloat16 or (gated and n % (2 * ROWS)):
         return None
+    reason = why_no_gluon() or _why_not_in_pairs(x, norm)
+    if reason:
+        tell_once(f"the kernel that norms, multiplies and gates {reason}; kernels one after another take its place")
+        return None
+    return shape
+
+
+def _why_not_in_pairs(x: torch.Tensor, norm: AddedNorm) -> str | None:
     from qwantize_vllm.matmul.gluon_decode import why_not_decode
 
-    inputs = (x, norm.residual, norm.gain[None])
-    return shape if why_no_gluon() is None and all(why_not_decode(each) is None for each in inputs) else None
+    return next(filter(None, map(why_not_decode, (x, norm.residual, norm.gain[None]))), None)
 
 
 def norm_alone(x: torch.Tensor, norm: AddedNorm) -> torch.Tensor:
@@ -53,8 +60,9 @@ def norm_alone(x: torch.Tensor, norm: AddedNorm) -> torch.Tensor:
 
     if not x.is_cuda:
         return add_norm(x, norm)
-    key = ("norm", x.shape, x.stride(), norm.residual.stride(), x.dtype, norm.epsilon, x.get_device())
     inputs = (x, norm.residual, norm.gain, norm.sums)
+    kinds = tuple(each.dtype for each in inputs)
+    key = ("norm", x.shape, x.stride(), norm.residual.stride(), kinds, norm.epsilon, x.get_device())
     return replay_or_run(key, inputs, lambda launch: add_norm(x, norm, launch))
 
 

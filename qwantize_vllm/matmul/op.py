@@ -98,8 +98,8 @@ def _normed_matmul_swizzled(
     backend: str,
     gated: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and x + residual, of x (M, K); y is `_matmul_swizzled` of rms_norm(x + residual) * gain, (M, n), or if gated
-    silu(its first half) * its second half."""
+    """y and x + residual (M, K), of x (M, K); y is `_matmul_swizzled` of rms_norm(x + residual) * gain, (M, n), or if
+    gated silu(its first half) * its second half, (M, n/2). All in the dtype of x, residual (M, K) and gain (K,)."""
     norm = AddedNorm(residual, gain, epsilon, torch.empty(x.shape, dtype=x.dtype, device=x.device))
     tensors = (words, scales, global_scale, arrived)
     if (shape := one_kernel(x, norm, n, block_size, gated)) is not None:
@@ -111,21 +111,8 @@ def _normed_matmul_swizzled(
     return gate_alone(y) if gated else y, norm.sums
 
 
-def _fake_normed_matmul_swizzled(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    gain: torch.Tensor,
-    epsilon: float,
-    words: torch.Tensor,
-    scales: torch.Tensor,
-    global_scale: torch.Tensor,
-    arrived: torch.Tensor,
-    bias: torch.Tensor | None,
-    n: int,
-    block_size: int,
-    backend: str,
-    gated: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_normed_matmul_swizzled(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *_, n, _, _, gated = rest
     return x.new_empty(x.shape[0], n // 2 if gated else n), x.new_empty(x.shape)
 
 

@@ -1,4 +1,8 @@
-"""An RMS norm of a sum and SwiGLU's gate as kernels of their own, in Triton."""
+"""An RMS norm of a sum and SwiGLU's gate as kernels of their own, in Triton.
+
+vLLM has such kernels; its norm writes into x and the residual, which others may still read, and this folder does
+without vLLM.
+"""
 
 from __future__ import annotations
 

@@ -47,6 +47,8 @@ def install_fusion(config: VllmConfig, settings: QwantizeSettings) -> None:
     """Have vLLM run the pass where a kernel gains by it; to be called while the model is built."""
     if not settings.fuse_norms or envs.VLLM_BATCH_INVARIANT or not current_platform.is_cuda():
         return
+    if config.model_config.dtype != torch.bfloat16:  # which the kernel is for
+        return
     device = torch.device("cuda", torch.cuda.current_device())
     if choose_normed_shape(capability_major(device), 1, gated=False, block_size=settings.block_size) is None:
         return

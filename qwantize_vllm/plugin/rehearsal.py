@@ -10,11 +10,14 @@ from __future__ import annotations
 import threading
 
 import torch
+from vllm.logger import init_logger
 
 from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.search.quality import signal_and_noise
 from qwantize_vllm.search.quantize import GlobalScale, quantize_nvfp4
 from qwantize_vllm.settings import QwantizeSettings
+
+logger = init_logger(f"vllm.{__name__}")
 
 # Rows of the layer: so many that its sizes are multiples of 16 as those of real ones, for which Triton compiles.
 _ROWS = 1024
@@ -41,7 +44,7 @@ def end_rehearsal() -> None:
 
 
 def _rehearse(settings: QwantizeSettings, k: int, dtype: torch.dtype, device: torch.device) -> None:
-    """What fails here will fail again with a layer, and is reported then.
+    """What fails here will fail again with a layer, and stop the start there, with the layer's name.
 
     Tensors made here are not in the memory that vLLM's sleep mode takes away: its pool is that of the main thread.
     """
@@ -50,8 +53,10 @@ def _rehearse(settings: QwantizeSettings, k: int, dtype: torch.dtype, device: to
             torch.cuda.set_device(device)
         with torch.no_grad():
             rehearse(settings, torch.zeros(_ROWS, k, dtype=dtype, device=device))
-    except Exception:
-        return
+    except Exception as error:
+        logger.info(
+            "qwantize: a layer was rehearsed in vain, which costs time alone: %s: %s", type(error).__name__, error
+        )
 
 
 def rehearse(settings: QwantizeSettings, weight: torch.Tensor) -> None:

@@ -81,7 +81,7 @@ def test_the_norms_and_gates_of_a_llama_are_found(engines, tiny, tmp_path):
             tiny,
             probe_and_count,
             before=as_on_hopper,
-            dtype="float16",
+            dtype="bfloat16",
             enforce_eager=False,
             additional_config={"qwantize": {"fuse_norms": fuse_norms}},
             env={"VLLM_CACHE_ROOT": str(tmp_path / str(fuse_norms)), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
@@ -91,4 +91,4 @@ def test_the_norms_and_gates_of_a_llama_are_found(engines, tiny, tmp_path):
     # The first qkv follows a norm without a sum.
     assert outcomes[0].result["fused"] == {"gated": LAYERS, "plain": LAYERS - 1}
     assert outcomes[1].result["fused"] == {}
-    assert largest_difference(*(outcome.result["own_scores"] for outcome in outcomes)) <= 0.02
+    assert largest_difference(*(outcome.result["own_scores"] for outcome in outcomes)) <= 0.1

@@ -169,7 +169,7 @@ def test_any_magnitude(kind):
 def test_what_the_tma_cannot_move_goes_elsewhere_and_is_told(caplog, n, stride, said):
     _, q = make("cuda", n, 1024, 1, torch.bfloat16)
     x = torch.randn(300, stride, device="cuda").bfloat16()[:, :1024]
-    backends._tell_once.cache_clear()
+    backends.tell_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         y = matmul_nvfp4(x, swizzle(q))
     assert said in caplog.text

@@ -157,7 +157,8 @@ def hopper_config(monkeypatch):
     monkeypatch.setattr(fusion, "current_platform", platform)
     monkeypatch.setattr(fusion, "capability_major", lambda device: 9)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    return SimpleNamespace(compilation_config=SimpleNamespace(inductor_compile_config={}))
+    compilation = SimpleNamespace(inductor_compile_config={})
+    return SimpleNamespace(compilation_config=compilation, model_config=SimpleNamespace(dtype=torch.bfloat16))
 
 
 def passes(config, **settings):
@@ -171,6 +172,10 @@ def test_the_pass_is_installed_where_a_kernel_gains_by_it(hopper_config, monkeyp
     assert not passes(hopper_config, fuse_norms=False)
     monkeypatch.setattr(fusion, "capability_major", lambda device: 8)
     assert not passes(hopper_config)
+    monkeypatch.setattr(fusion, "capability_major", lambda device: 9)
+    hopper_config.model_config.dtype = torch.float16
+    assert not passes(hopper_config)
+    hopper_config.model_config.dtype = torch.bfloat16
     fusion.current_platform.is_cuda = lambda: False
     assert not passes(hopper_config)
 

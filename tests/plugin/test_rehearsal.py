@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
@@ -37,12 +39,16 @@ def test_there_is_one_in_a_process(done):
     assert done == [(settings, 64, torch.bfloat16, device)]
 
 
-def test_what_fails_is_left_to_the_layers(monkeypatch):
+def test_what_fails_is_left_to_the_layers_and_the_log_says_so(monkeypatch, caplog):
     def fail(*given):
         raise ValueError("no kernel")
 
     monkeypatch.setattr(rehearsal, "rehearse", fail)
-    rehearsal._rehearse(QwantizeSettings(), 64, torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        rehearsal._rehearse(QwantizeSettings(), 64, torch.bfloat16, torch.device("cpu"))
+    assert "in vain" in caplog.text
+    assert "ValueError: no kernel" in caplog.text
 
 
 @pytest.mark.gpu
