@@ -8,6 +8,7 @@ A program of its own because TRITON_INTERPRET, which the tests set, must be unse
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -217,6 +218,8 @@ def grouped_wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, An
 def compile_all(capability: int) -> None:
     hopper = wgmma_variants() if capability == 90 else ()
     for kernel, pointers, constants in itertools.chain(variants(capability), expert_variants(capability), hopper):
+        if "DEPENDENT" in kernel.arg_names:
+            constants = {**constants, "DEPENDENT": capability >= 90}
         signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
         indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
         source_type = GluonASTSource if kernel.is_gluon() else ASTSource
@@ -225,17 +228,33 @@ def compile_all(capability: int) -> None:
             target=GPUTarget("cuda", capability, 32),
             options={"num_warps": warps(kernel, constants)},
         )
-        check_products(kernel, constants, compiled.asm["cubin"])
+        with tempfile.TemporaryDirectory() as folder:
+            code = disassemble(compiled.asm["cubin"], Path(folder))
+        check_products(kernel, constants, code)
+        if constants.get("DEPENDENT"):
+            check_wait(kernel, constants, code)
         print(kernel.__name__, *pointers.values(), constants, f"{len(compiled.asm['cubin'])} bytes", flush=True)
 
 
-def check_products(kernel: Any, constants: dict[str, Any], cubin: bytes) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        products, found = hazards(disassemble(cubin, Path(folder)))
+def check_products(kernel: Any, constants: dict[str, Any], code: str) -> None:
+    products, found = hazards(code)
     if found:
         raise SystemExit(f"{kernel.__name__} {constants}: written while a product runs on them: {found[:3]}")
     if kernel.__name__.endswith("wgmma_kernel") and not products:
         raise SystemExit(f"{kernel.__name__} {constants}: no product with its left operand in registers")
+
+
+def check_wait(kernel: Any, constants: dict[str, Any], code: str) -> None:
+    """That memory is not touched before the kernel before is done. Of kernels whose warps have programs of their own,
+    that each program waits: all consumers, and the producer."""
+    waits = [match.start() for match in re.finditer(r"\bACQBULK\b", code)]
+    if kernel.__name__.endswith("wgmma_kernel"):
+        if len(waits) != constants["GROUPS"] + 1:
+            raise SystemExit(f"{kernel.__name__} {constants}: {len(waits)} waits for the kernel before")
+        return
+    accesses = [match.start() for match in re.finditer(r"\b(LDG|LDGSTS|STG|ATOM|ATOMG|RED|LD|ST)\.", code)]
+    if len(waits) != 1 or waits[0] > min(accesses):
+        raise SystemExit(f"{kernel.__name__} {constants}: memory is touched before the kernel before is done")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from qwantize_vllm.matmul.dependent_launch import dependent_launch, wait_for_kernel_before
 from qwantize_vllm.matmul.gluon_normed import _add_and_weigh, _gate, _load_pair, _norm_factors, _pairs_of, _write_sums
 from qwantize_vllm.matmul.gpu import Launch, launch_now
 from qwantize_vllm.matmul.normed import AddedNorm
@@ -29,6 +30,7 @@ from qwantize_vllm.matmul.swizzle import COLUMNS, SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import DecodeShape
 
 MOST_TOKENS = 4
+_wait_for_kernel_before = gluon.jit(wait_for_kernel_before.fn)
 
 
 def why_not_decode(x: torch.Tensor) -> str | None:
@@ -88,6 +90,7 @@ def matmul_decode(
         SCALE_A_ROW=weight.global_scale.dim() == 1,
         WHOLE=k % (COLUMNS * shape.tiles * shape.warps) == 0,
         num_warps=shape.warps,
+        **dependent_launch(x.device),
     )
     return y
 
@@ -333,6 +336,7 @@ def _decode_kernel(
     residual_stride,
     epsilon,
     GATED: gl.constexpr,
+    DEPENDENT: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     TOKENS: gl.constexpr,
     PARTS: gl.constexpr,
@@ -341,6 +345,7 @@ def _decode_kernel(
     WHOLE: gl.constexpr,
     num_warps: gl.constexpr,
 ):
+    _wait_for_kernel_before(DEPENDENT)
     if residual_ptr is not None:  # noqa: SIM102 - a constant, and a condition
         if gl.program_id(0) == gl.num_programs(0) - 1:
             _write_sums(x_ptr, residual_ptr, sums_ptr, x_stride, residual_stride, m, k, num_warps)

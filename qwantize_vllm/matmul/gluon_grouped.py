@@ -17,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from qwantize_vllm.matmul.dependent_launch import dependent_launch, wait_for_kernel_before
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.gluon_pipeline import (
     TOKENS_IN_CACHE,
@@ -37,6 +38,7 @@ from qwantize_vllm.matmul.wgmma_shapes import WgmmaShape
 # Of h: half as wide as a tile of rows.
 H_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
 _COPY_COLUMNS = 1024
+_wait_for_kernel_before = gluon.jit(wait_for_kernel_before.fn)
 _activate = gluon.jit(activate.fn)
 
 
@@ -69,7 +71,7 @@ def experts_wgmma(
         for width in (x.shape[1], w13.shape[0] // 2, w2.shape[0])
     )
     copy = (x, plan[slots:], inputs, x.shape[1], topk_ids.shape[1], x.stride(0))
-    launch_again(_copy_kernel, (rows,), *copy, COLUMNS=_COPY_COLUMNS, num_warps=4)
+    launch_again(_copy_kernel, (rows,), *copy, COLUMNS=_COPY_COLUMNS, num_warps=4, **dependent_launch(x.device))
     _launch(inputs, w13, plan, slots, h, shape, activation)
     _launch(h, w2, plan, slots, z, shape, "none")
     sum_experts(z[None], topk_weights, ids, plan[slots + rows :], y)
@@ -111,12 +113,14 @@ def _launch(
         X_STAGES=shape.x_stages,
         STAGES=shape.stages,
         num_warps=4,
+        **dependent_launch(x.device),
     )
 
 
 @triton.jit
-def _copy_kernel(x_ptr, pairs_ptr, out_ptr, k, top_k, x_stride, COLUMNS: tl.constexpr):
+def _copy_kernel(x_ptr, pairs_ptr, out_ptr, k, top_k, x_stride, DEPENDENT: tl.constexpr, COLUMNS: tl.constexpr):
     """Row i of the result is that of x whose token pair i of the plan has; others are left as they are."""
+    wait_for_kernel_before(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     pair = tl.load(pairs_ptr + row)
     if pair < 0:
@@ -140,7 +144,8 @@ def _place(work, extent, plan_ptr, TOKENS: gl.constexpr):
 
 
 @gluon.jit
-def _produce(operands, buffers, extent, plan_ptr):
+def _produce(operands, buffers, extent, plan_ptr, DEPENDENT: gl.constexpr):
+    _wait_for_kernel_before(DEPENDENT)
     tiles, chunks, groups, slots, row_tiles = extent
     TOKENS: gl.constexpr = buffers[0].shape[1]
     GROUPS: gl.constexpr = buffers[1].shape[0] // buffers[5].shape[0]
@@ -165,7 +170,9 @@ def _consume(
     BLOCK_SIZE: gl.constexpr,
     MEMBERS: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ):
+    _wait_for_kernel_before(DEPENDENT)
     chunks, slots, row_tiles = extent[1], extent[3], extent[4]
     TOKENS: gl.constexpr = buffers[0].shape[1]
     GROUPS: gl.constexpr = buffers[1].shape[0] // buffers[5].shape[0]
@@ -213,6 +220,7 @@ def _grouped_wgmma_kernel(
     MEMBERS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     ACTIVATION: gl.constexpr,
+    DEPENDENT: gl.constexpr,
     TOKENS: gl.constexpr,
     GROUPS: gl.constexpr,
     X_TILES: gl.constexpr,
@@ -229,9 +237,9 @@ def _grouped_wgmma_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (buffers, extent, first, plan_ptr, 0, BLOCK_SIZE, MEMBERS, ACTIVATION)),
-                (_consume, (buffers, extent, second, plan_ptr, 1, BLOCK_SIZE, MEMBERS, ACTIVATION)),
-                (_produce, (operands, buffers, extent, plan_ptr)),
+                (_consume, (buffers, extent, first, plan_ptr, 0, BLOCK_SIZE, MEMBERS, ACTIVATION, DEPENDENT)),
+                (_consume, (buffers, extent, second, plan_ptr, 1, BLOCK_SIZE, MEMBERS, ACTIVATION, DEPENDENT)),
+                (_produce, (operands, buffers, extent, plan_ptr, DEPENDENT)),
             ],
             [4, 1],
             [240, 24],
@@ -240,10 +248,10 @@ def _grouped_wgmma_kernel(
         third = (y_desc, y_bufs.index(2), global_scales_ptr)
         gl.warp_specialize(
             [
-                (_consume, (buffers, extent, first, plan_ptr, 0, BLOCK_SIZE, MEMBERS, ACTIVATION)),
-                (_consume, (buffers, extent, second, plan_ptr, 1, BLOCK_SIZE, MEMBERS, ACTIVATION)),
-                (_consume, (buffers, extent, third, plan_ptr, 2, BLOCK_SIZE, MEMBERS, ACTIVATION)),
-                (_produce, (operands, buffers, extent, plan_ptr)),
+                (_consume, (buffers, extent, first, plan_ptr, 0, BLOCK_SIZE, MEMBERS, ACTIVATION, DEPENDENT)),
+                (_consume, (buffers, extent, second, plan_ptr, 1, BLOCK_SIZE, MEMBERS, ACTIVATION, DEPENDENT)),
+                (_consume, (buffers, extent, third, plan_ptr, 2, BLOCK_SIZE, MEMBERS, ACTIVATION, DEPENDENT)),
+                (_produce, (operands, buffers, extent, plan_ptr, DEPENDENT)),
             ],
             [4, 4, 1],
             [160, 160, 24],

@@ -23,6 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from qwantize_vllm.matmul.dependent_launch import dependent_launch, wait_for_kernel_before
 from qwantize_vllm.matmul.gluon_pipeline import (
     TOKENS_IN_CACHE,
     X_LAYOUT,
@@ -40,6 +41,7 @@ from qwantize_vllm.matmul.wgmma_shapes import STEPS, WgmmaShape, choose_wgmma_sh
 
 logger = logging.getLogger(__name__)
 
+_wait_for_kernel_before = gluon.jit(wait_for_kernel_before.fn)
 _LARGEST_TILE = max(shape.tokens * shape.groups * 64 for shape in STEPS)
 
 
@@ -108,6 +110,7 @@ def matmul_wgmma(
         X_STAGES=shape.x_stages,
         STAGES=shape.stages,
         num_warps=4,
+        **dependent_launch(x.device),
     )
     return y
 
@@ -141,7 +144,8 @@ def _place(work, extent, TOKENS: gl.constexpr):
 
 
 @gluon.jit
-def _produce(operands, buffers, extent):
+def _produce(operands, buffers, extent, DEPENDENT: gl.constexpr):
+    _wait_for_kernel_before(DEPENDENT)
     tiles, chunks, works = extent[0], extent[1], extent[3]
     TOKENS: gl.constexpr = buffers[0].shape[1]
     GROUPS: gl.constexpr = buffers[1].shape[0] // buffers[5].shape[0]
@@ -154,7 +158,8 @@ def _produce(operands, buffers, extent):
 
 
 @gluon.jit
-def _consume(buffers, extent, result, sums_ptr, PART: gl.constexpr, BLOCK_SIZE: gl.constexpr):
+def _consume(buffers, extent, result, sums_ptr, PART: gl.constexpr, BLOCK_SIZE: gl.constexpr, DEPENDENT: gl.constexpr):
+    _wait_for_kernel_before(DEPENDENT)
     works = extent[3]
     TOKENS: gl.constexpr = buffers[0].shape[1]
     GROUPS: gl.constexpr = buffers[1].shape[0] // buffers[5].shape[0]
@@ -210,6 +215,7 @@ def _wgmma_kernel(
     row_tiles,
     splits,
     global_scale_stride,
+    DEPENDENT: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     TOKENS: gl.constexpr,
     GROUPS: gl.constexpr,
@@ -227,9 +233,9 @@ def _wgmma_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (buffers, extent, first, sums_ptr, 0, BLOCK_SIZE)),
-                (_consume, (buffers, extent, second, sums_ptr, 1, BLOCK_SIZE)),
-                (_produce, (operands, buffers, extent)),
+                (_consume, (buffers, extent, first, sums_ptr, 0, BLOCK_SIZE, DEPENDENT)),
+                (_consume, (buffers, extent, second, sums_ptr, 1, BLOCK_SIZE, DEPENDENT)),
+                (_produce, (operands, buffers, extent, DEPENDENT)),
             ],
             [4, 1],
             [240, 24],
@@ -238,10 +244,10 @@ def _wgmma_kernel(
         third = (y_desc, y_bufs.index(2), global_scale_ptr, global_scale_stride, bias_ptr, n)
         gl.warp_specialize(
             [
-                (_consume, (buffers, extent, first, sums_ptr, 0, BLOCK_SIZE)),
-                (_consume, (buffers, extent, second, sums_ptr, 1, BLOCK_SIZE)),
-                (_consume, (buffers, extent, third, sums_ptr, 2, BLOCK_SIZE)),
-                (_produce, (operands, buffers, extent)),
+                (_consume, (buffers, extent, first, sums_ptr, 0, BLOCK_SIZE, DEPENDENT)),
+                (_consume, (buffers, extent, second, sums_ptr, 1, BLOCK_SIZE, DEPENDENT)),
+                (_consume, (buffers, extent, third, sums_ptr, 2, BLOCK_SIZE, DEPENDENT)),
+                (_produce, (operands, buffers, extent, DEPENDENT)),
             ],
             [4, 4, 1],
             [160, 160, 24],

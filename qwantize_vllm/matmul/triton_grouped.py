@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qwantize_vllm.matmul.dependent_launch import dependent_launch, wait_for_kernel_before
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.gpu import capability_major, multiprocessors
 from qwantize_vllm.matmul.grouped_shapes import choose_grouped
@@ -123,6 +124,7 @@ def sum_experts(
         TOP_K=top_k,
         COLUMNS=_SUM_COLUMNS,
         num_warps=2,
+        **dependent_launch(y.device),
     )
 
 
@@ -185,6 +187,7 @@ def _launch(
         PTX=x.is_cuda and torch.version.hip is None,
         STAGES=shape.stages,
         num_warps=shape.warps,
+        **dependent_launch(x.device),
     )
 
 
@@ -215,7 +218,9 @@ def _grouped_kernel(
     ACTIVATION: tl.constexpr,
     PTX: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_kernel_before(DEPENDENT)
     # Neighbouring programs share their weights and differ in their pairs.
     slot = tl.program_id(0)
     if PAIRS > 0:
@@ -313,8 +318,10 @@ def _sum_kernel(
     splits,
     TOP_K: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """y[token] = sum over its pairs and the slices of K of weight * z, in float32, in the same order every time."""
+    wait_for_kernel_before(DEPENDENT)
     token = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     y = tl.zeros((COLUMNS,), dtype=tl.float32)

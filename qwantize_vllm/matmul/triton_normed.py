@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qwantize_vllm.matmul.dependent_launch import dependent_launch, wait_for_kernel_before
 from qwantize_vllm.matmul.gpu import Launch, launch_now
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def add_norm(x: torch.Tensor, norm: AddedNorm, launch: Launch = launch_now) -> t
             norm.epsilon,
             COLUMNS=triton.next_power_of_2(x.shape[1]),
             num_warps=8 if x.shape[1] > 2048 else 4,
+            **dependent_launch(x.device),
         )
     return y
 
@@ -47,7 +49,8 @@ def silu_and_mul(x: torch.Tensor, launch: Launch = launch_now) -> torch.Tensor:
     m, n = x.shape[0], x.shape[1] // 2
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if y.numel():
-        launch(_gate_kernel, (m, triton.cdiv(n, _COLUMNS)), x, y, n, COLUMNS=_COLUMNS, num_warps=4)
+        constants = {"COLUMNS": _COLUMNS, "num_warps": 4, **dependent_launch(x.device)}
+        launch(_gate_kernel, (m, triton.cdiv(n, _COLUMNS)), x, y, n, **constants)
     return y
 
 
@@ -63,7 +66,9 @@ def _add_norm_kernel(
     residual_stride,
     epsilon,
     COLUMNS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_kernel_before(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     there = column < k
@@ -76,7 +81,8 @@ def _add_norm_kernel(
 
 
 @triton.jit
-def _gate_kernel(x_ptr, y_ptr, n, COLUMNS: tl.constexpr):
+def _gate_kernel(x_ptr, y_ptr, n, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr):
+    wait_for_kernel_before(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < n

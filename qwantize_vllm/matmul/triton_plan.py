@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qwantize_vllm.matmul.dependent_launch import dependent_launch, wait_for_kernel_before
 from qwantize_vllm.matmul.launcher import launch_again
 
 _CHUNK = 1024  # pairs counted by a program
@@ -34,7 +35,7 @@ def make_plan(ids: torch.Tensor, experts: int, width: int, slots: int) -> torch.
     chunks = -(-pairs // _CHUNK)
     plan = torch.empty(slots * (1 + width) + pairs, dtype=torch.int32, device=ids.device)
     counts = torch.empty(chunks, bins, dtype=torch.int32, device=ids.device)
-    sizes = {"BINS": bins, "CHUNK": _CHUNK, "num_warps": 8}
+    sizes = {"BINS": bins, "CHUNK": _CHUNK, "num_warps": 8, **dependent_launch(ids.device)}
     launch_again(_count_kernel, (chunks,), ids, counts, plan, pairs, slots * (1 + width), **sizes)
     place = (ids, counts, plan, pairs, slots, chunks)
     launch_again(_place_kernel, (-(-pairs // _OWN),), *place, WIDTH=width, OWN=_OWN, **sizes)
@@ -42,8 +43,11 @@ def make_plan(ids: torch.Tensor, experts: int, width: int, slots: int) -> torch.
 
 
 @triton.jit(do_not_specialize=["pairs", "fill"])
-def _count_kernel(ids_ptr, counts_ptr, plan_ptr, pairs, fill, BINS: tl.constexpr, CHUNK: tl.constexpr):
+def _count_kernel(
+    ids_ptr, counts_ptr, plan_ptr, pairs, fill, BINS: tl.constexpr, CHUNK: tl.constexpr, DEPENDENT: tl.constexpr
+):
     """Pairs of every expert in a chunk; the last bin is for what does not count. Also sets the plan to -1."""
+    wait_for_kernel_before(DEPENDENT)
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     ids = _load_bins(ids_ptr, chunk * CHUNK + tl.arange(0, CHUNK), pairs, BINS)
     tl.store(counts_ptr + chunk * BINS + tl.arange(0, BINS), tl.histogram(ids, BINS))
@@ -64,7 +68,9 @@ def _place_kernel(
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
     OWN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_kernel_before(DEPENDENT)
     start = tl.program_id(0) * OWN
     mine = start // CHUNK
     bins = tl.arange(0, BINS)
