@@ -34,7 +34,7 @@ TOKENS = [1, 16, 32, 64, 128, 256, 512, 1024]
 # (groups, steps, warps, stages)
 FORMS = [(1, 4, 2, 3), (1, 4, 4, 3), (1, 2, 4, 3), (1, 2, 4, 4), (1, 1, 4, 3), (2, 2, 4, 3), (2, 1, 4, 4), (2, 2, 8, 3)]
 # (parts, tiles, warps)
-DECODE_FORMS = [(1, 4, 8), (1, 4, 16), (2, 4, 2), (2, 4, 4), (2, 4, 8), (4, 2, 4)]
+DECODE_FORMS = [(1, 4, 8), (1, 4, 16), (1, 2, 8), (1, 2, 16), (2, 4, 2), (2, 4, 4), (2, 4, 8), (4, 2, 4)]
 KINDS = {TileShape: "", DecodeShape: "decode ", WgmmaShape: "wgmma "}
 Candidate = TileShape | DecodeShape | WgmmaShape
 

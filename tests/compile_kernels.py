@@ -146,6 +146,7 @@ def decode_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     shapes = [rule.shape for rule in RULES[9] if isinstance(rule.shape, DecodeShape)]
     for number, shape in enumerate(dict.fromkeys([*shapes, DecodeShape(4, 2, 4, 4)])):
         dtype, block = (("*bf16", 16), ("*fp16", 32), ("*bf16", 32), ("*fp16", 16))[number % 4]
+        block = block if shape.takes(block) else 16
         pointers = {"x_ptr": dtype, "y_ptr": dtype, "bias_ptr": dtype, "words_ptr": "*i16", "global_scale_ptr": "*fp32"}
         pointers["scales_ptr"] = "*i32" if block == 16 else "*i16"
         tile = {"TOKENS": shape.tokens, "PARTS": shape.parts, "TILES": shape.tiles}

@@ -121,7 +121,7 @@ def run_swizzled(
     if backend == "batch_invariant":
         return matmul_swizzled(x, weight, bias, ANY_TOKENS, split=False, launch=launch)
     major, (groups, tiles) = capability_major(x.device), weight.words.shape[:2]
-    shape = choose_shape(major, x.shape[0], groups, tiles, gluon=x.is_cuda)
+    shape = choose_shape(major, x.shape[0], groups, tiles, x.is_cuda, weight.block_size)
     if shape is not None and (reason := why_not_gluon(x, weight, shape)):
         tell_once(f"a kernel in Gluon {reason}; slower ones take its place")
         shape = choose_shape(major, x.shape[0], groups, tiles, gluon=False)

@@ -33,7 +33,7 @@ def compile_ahead(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor 
     if weight.device.type != "cuda":
         return
     groups, tiles = weight.words.shape[:2]
-    for shape in shapes_for(capability_major(weight.device), groups, tiles):
+    for shape in shapes_for(capability_major(weight.device), groups, tiles, weight.block_size):
         _compile_shape(weight, dtype, bias, shape)
 
 

@@ -30,6 +30,10 @@ class DecodeShape(NamedTuple):
     tiles: int
     warps: int
 
+    def takes(self, block_size: int) -> bool:
+        """Whether so many tiles have two blocks for each lane of a row, the least that it reads the scales of."""
+        return self.tiles * 64 // block_size >= 2 * min(8 // self.tokens, 4)
+
 
 class Wgmma(enum.Enum):
     """In place of a shape: the kernel of gluon_wgmma.py, whose shape wgmma_shapes.py chooses."""
@@ -41,12 +45,14 @@ Shape = TileShape | DecodeShape | Wgmma
 
 
 class Rule(NamedTuple):
-    """Up to so many tokens, for weights of at least so many groups of 64 rows and tiles of 64 columns."""
+    """Up to so many tokens, for weights of at least so many groups of 64 rows and tiles of 64 columns; only for blocks
+    of one size, if it says which."""
 
     tokens: int
     groups: int
     tiles: int
     shape: Shape
+    block_size: int | None = None
 
 
 _ANY = 2**31
@@ -54,7 +60,13 @@ _ANY = 2**31
 # weight is dequantized for a dense product. Where a kernel in Gluon cannot run, the rules without them hold.
 RULES = {
     9: (
+        # So few rows that no multiprocessor has more than two programs get more warps.
+        Rule(1, 67, 0, DecodeShape(1, 1, 4, 8)),
+        Rule(1, 0, 0, DecodeShape(1, 1, 2, 16), block_size=16),
         Rule(1, 0, 0, DecodeShape(1, 1, 4, 8)),
+        Rule(2, 256, 0, DecodeShape(2, 1, 4, 8)),
+        Rule(2, 67, 0, DecodeShape(2, 1, 2, 8), block_size=16),
+        Rule(2, 0, 0, DecodeShape(2, 1, 2, 16), block_size=16),
         Rule(2, 0, 0, DecodeShape(2, 1, 4, 8)),
         Rule(8, 0, 0, TileShape(8, 1, 4, 4, 3)),
         Rule(16, 0, 0, TileShape(16, 1, 4, 4, 3)),
@@ -76,17 +88,23 @@ RULES = {
 
 
 class NormedShapes(NamedTuple):
-    """Of the kernel that norms x first: where it does not gate the result, and where it does, by the block size."""
+    """Of the kernel that norms x first, by the block size: where it does not gate the result, and where it does."""
 
-    plain: DecodeShape
+    plain: dict[int, DecodeShape]
     gated: dict[int, DecodeShape]
 
 
 # By the number of tokens.
 _NORMED = {
     9: {
-        1: NormedShapes(DecodeShape(1, 1, 4, 8), {16: DecodeShape(1, 2, 2, 4), 32: DecodeShape(1, 2, 4, 2)}),
-        2: NormedShapes(DecodeShape(2, 1, 4, 8), {16: DecodeShape(2, 4, 2, 4), 32: DecodeShape(2, 2, 4, 2)}),
+        1: NormedShapes(
+            {16: DecodeShape(1, 1, 4, 8), 32: DecodeShape(1, 1, 4, 8)},
+            {16: DecodeShape(1, 2, 2, 4), 32: DecodeShape(1, 2, 4, 2)},
+        ),
+        2: NormedShapes(
+            {16: DecodeShape(2, 1, 2, 8), 32: DecodeShape(2, 1, 4, 8)},
+            {16: DecodeShape(2, 4, 2, 4), 32: DecodeShape(2, 2, 4, 2)},
+        ),
     }
 }
 NORMED_TOKENS = (1, 2)
@@ -99,13 +117,16 @@ ELSEWHERE = (
 ANY_TOKENS = TileShape(64, 1, 1, 4, 3)
 
 
-def choose_shape(major: int | None, tokens: int, groups: int, tiles: int, gluon: bool = False) -> Shape | None:
+def choose_shape(
+    major: int | None, tokens: int, groups: int, tiles: int, gluon: bool = False, block_size: int = 16
+) -> Shape | None:
     """The shape for x of so many tokens and a weight of so many groups and tiles; None where a dense product is faster.
 
     major: of an NVIDIA GPU's compute capability; None for anything else. gluon: whether kernels in Gluon can run.
     """
     for rule in ELSEWHERE if major is None else RULES.get(major, ELSEWHERE):
         fits = tokens <= rule.tokens and groups >= rule.groups and tiles >= rule.tiles
+        fits = fits and rule.block_size in (None, block_size)
         if fits and (gluon or isinstance(rule.shape, TileShape)):
             return rule.shape
     return None
@@ -116,11 +137,11 @@ def choose_normed_shape(major: int | None, tokens: int, gated: bool, block_size:
     shapes = _NORMED.get(major or 0, {}).get(tokens)
     if shapes is None:
         return None
-    return shapes.gated[block_size] if gated else shapes.plain
+    return (shapes.gated if gated else shapes.plain)[block_size]
 
 
-def shapes_for(major: int | None, groups: int, tiles: int) -> list[Shape]:
+def shapes_for(major: int | None, groups: int, tiles: int, block_size: int) -> list[Shape]:
     """What `choose_shape` answers for a weight of so many groups and tiles, over all numbers of tokens."""
     tokens = (rule.tokens for rule in (ELSEWHERE if major is None else RULES.get(major, ELSEWHERE)))
-    shapes = (choose_shape(major, limit, groups, tiles, gluon=True) for limit in tokens)
+    shapes = (choose_shape(major, limit, groups, tiles, True, block_size) for limit in tokens)
     return list(dict.fromkeys(shape for shape in shapes if shape is not None))

@@ -15,10 +15,11 @@ from tests.matmul.test_swizzled_matmul import make
 
 
 @pytest.mark.parametrize("major", [8, 9, 10, None])
-@pytest.mark.parametrize(("groups", "tiles"), [(1, 1), (64, 64), (64, 224), (448, 64)])
-def test_shapes_for_are_those_of_any_number_of_tokens(major, groups, tiles):
-    chosen = {choose_shape(major, tokens, groups, tiles, gluon=True) for tokens in range(1, 600)} - {None}
-    assert set(shapes_for(major, groups, tiles)) == chosen
+@pytest.mark.parametrize(("groups", "tiles"), [(1, 1), (64, 64), (64, 224), (96, 64), (448, 64)])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_shapes_for_are_those_of_any_number_of_tokens(major, groups, tiles, block_size):
+    chosen = {choose_shape(major, tokens, groups, tiles, True, block_size) for tokens in range(1, 600)} - {None}
+    assert set(shapes_for(major, groups, tiles, block_size)) == chosen
 
 
 def test_nothing_is_compiled_without_a_gpu():

@@ -31,12 +31,17 @@ SHAPES = [
     DecodeShape(4, 4, 4, 1),
     DecodeShape(4, 2, 4, 4),
 ]
+KINDS = [
+    (shape, dtype, block_size)
+    for shape in SHAPES
+    for dtype, block_size in [(torch.bfloat16, 16), (torch.float16, 32), (torch.bfloat16, 32)]
+    if shape.takes(block_size)
+]
 
 
 @hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "block_size"), [(torch.bfloat16, 16), (torch.float16, 32), (torch.bfloat16, 32)])
+@pytest.mark.parametrize(("shape", "dtype", "block_size"), KINDS)
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (100, 1056), (130, 2080), (1024, 4096)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_product_against_float64(shape, dtype, block_size, n, k, with_bias):
@@ -117,10 +122,12 @@ def test_why_not():
     assert "at most 4 tokens, got 5" in why_not_decode(torch.zeros(5, 64))
 
 
-@pytest.mark.parametrize(("groups", "tiles"), [(1, 1), (64, 64), (64, 224), (448, 64)])
-def test_a_rule_of_hopper_holds_the_tokens_and_without_gluon_there_is_another(groups, tiles):
+@pytest.mark.parametrize(("groups", "tiles"), [(1, 1), (64, 64), (64, 224), (96, 64), (448, 64)])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_a_rule_of_hopper_holds_the_tokens_and_without_gluon_there_is_another(groups, tiles, block_size):
     for tokens in range(1, 17):
-        shape = choose_shape(9, tokens, groups, tiles, gluon=True)
+        shape = choose_shape(9, tokens, groups, tiles, True, block_size)
+        assert isinstance(shape, TileShape) or shape.takes(block_size)
         assert tokens <= shape.tokens < 2 * tokens or shape.tokens == 8
         assert isinstance(choose_shape(9, tokens, groups, tiles), TileShape)
         assert isinstance(choose_shape(8, tokens, groups, tiles, gluon=True), TileShape)
