@@ -6,13 +6,15 @@
 RULES in qwantize_vllm/matmul/tile_shapes.py maps the major version of the compute capability to shapes of the Triton
 kernel, to those of the kernel for few tokens ("decode"), or to that for wgmma. The first table says which ones the
 rules should lead to; "dequantized" is what serves where no rule fits, "bf16" a dense layer. The second one has the
-constants of qwantize_vllm/matmul/wgmma_shapes.py. Nothing is tuned while serving.
+constants of qwantize_vllm/matmul/wgmma_shapes.py, the third one times norm, product and gate in one kernel (_NORMED).
+Nothing is tuned while serving.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
@@ -24,8 +26,9 @@ from rich.table import Table
 from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, time_call
 from qwantize_vllm.cli.bench.inputs import random_activations, random_weight
 from qwantize_vllm.matmul.backends import run_swizzled
+from qwantize_vllm.matmul.normed import AddedNorm, gate_alone, norm_alone
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4, swizzle
-from qwantize_vllm.matmul.tile_shapes import DecodeShape, TileShape
+from qwantize_vllm.matmul.tile_shapes import NORMED_TOKENS, DecodeShape, TileShape, choose_normed_shape
 from qwantize_vllm.matmul.wgmma_shapes import STEPS, WgmmaShape
 from qwantize_vllm.search.quantize import quantize_nvfp4
 
@@ -34,6 +37,8 @@ TOKENS = [1, 16, 32, 64, 128, 256, 512, 1024]
 # (groups, steps, warps, stages)
 FORMS = [(1, 4, 2, 3), (1, 4, 4, 3), (1, 2, 4, 3), (1, 2, 4, 4), (1, 1, 4, 3), (2, 2, 4, 3), (2, 1, 4, 4), (2, 2, 8, 3)]
 # (parts, tiles, warps)
+# Of these a norm stands before the product, in Llama; and whether a gate stands behind it.
+NORMED_LAYERS = {"qkv": False, "gate_up": True}
 DECODE_FORMS = [(1, 4, 8), (1, 4, 16), (1, 2, 8), (1, 2, 16), (2, 4, 2), (2, 4, 4), (2, 4, 8), (4, 2, 4)]
 KINDS = {TileShape: "", DecodeShape: "decode ", WgmmaShape: "wgmma "}
 Candidate = TileShape | DecodeShape | WgmmaShape
@@ -52,6 +57,7 @@ def main(
     console.print(tile_table(layer or list(LAYERS), tokens or TOKENS))
     if torch.cuda.get_device_capability()[0] == 9:
         console.print(wgmma_table())
+        console.print(normed_table())
 
 
 def tile_table(layers: list[str], tokens: list[int]) -> Table:
@@ -97,6 +103,35 @@ def time_wgmma(shape: WgmmaShape, quarters: int, k: int) -> float:
     x = random_activations(quarters * shape.tokens, k, torch.bfloat16, torch.device("cuda"))
     calls = [functools.partial(kernel_of(shape), x, weight, None, shape) for weight in weights]
     return time_calls(calls)
+
+
+def normed_table() -> Table:
+    table = Table(title="norm, product and, of gate_up, gate: microseconds")
+    for column in ("layer", "tokens", "one after the other", "by the rules", "best", "second", "third"):
+        table.add_column(column)
+    for (name, gated), m in itertools.product(NORMED_LAYERS.items(), NORMED_TOKENS):
+        weights = swizzled_copies(LAYERS[name])
+        x = random_activations(m, LAYERS[name][1], torch.bfloat16, torch.device("cuda"))
+        shapes = [DecodeShape(m, *form) for form in DECODE_FORMS if not gated or form[0] > 1]
+        best = sorted((time_normed(x, weights, gated, shape), shape) for shape in shapes)[:3]
+        others = [time_normed(x, weights, gated, shape) for shape in (None, choose_normed_shape(9, m, gated, 16))]
+        table.add_row(name, str(m), *(f"{us:.2f}" for us in others), *(f"{us:.2f} {tuple(each)}" for us, each in best))
+    return table
+
+
+def time_normed(x: torch.Tensor, weights: list[SwizzledNvfp4], gated: bool, shape: DecodeShape | None) -> float:
+    """Microseconds of a norm, a product and perhaps a gate: in one kernel of that shape, or one after the other."""
+    from qwantize_vllm.matmul.gluon_decode import matmul_decode
+
+    norm = AddedNorm(x.flip(0), torch.ones_like(x[0]), 1e-5, torch.empty_like(x))
+
+    def multiply(weight: SwizzledNvfp4) -> torch.Tensor:
+        if shape is not None:
+            return matmul_decode(x, weight, None, shape, norm=norm, gated=gated)
+        y = run_swizzled(norm_alone(x, norm), weight, None)
+        return gate_alone(y) if gated else y
+
+    return time_calls([functools.partial(multiply, weight) for weight in weights])
 
 
 def swizzled_copies(shape: tuple[int, int]) -> list[SwizzledNvfp4]:

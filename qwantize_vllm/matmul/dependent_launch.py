@@ -7,8 +7,8 @@ kernel is done only after the one that it waited for.
 
 A kernel may also tell early that the next one may come (`griddepcontrol.launch_dependents`). Ours do not: programs of
 the next one then take what places multiprocessors have left, unevenly, and of few programs that is what takes longest
-(H200, four products of 4,096 x 4,096 to 28,672 x 4,096 one after another at one token: 45.3 us, 43.4 dependent, 47.7
-told early).
+(H200, the four products of a layer of Llama 3 8B and a small kernel at one token: 45.3 us, 43.4 dependent, 47.7 told
+early).
 """
 
 from __future__ import annotations
