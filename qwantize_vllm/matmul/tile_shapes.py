@@ -54,6 +54,10 @@ class Rule(NamedTuple):
     shape: Shape
     block_size: int | None = None
 
+    def fits(self, tokens: int, groups: int, tiles: int, block_size: int) -> bool:
+        large_enough = groups >= self.groups and tiles >= self.tiles
+        return tokens <= self.tokens and large_enough and self.block_size in (None, block_size)
+
 
 _ANY = 2**31
 # By the major version of the compute capability, the first rule that fits. Measured on an H200; beyond the last one the
@@ -125,9 +129,8 @@ def choose_shape(
     major: of an NVIDIA GPU's compute capability; None for anything else. gluon: whether kernels in Gluon can run.
     """
     for rule in ELSEWHERE if major is None else RULES.get(major, ELSEWHERE):
-        fits = tokens <= rule.tokens and groups >= rule.groups and tiles >= rule.tiles
-        fits = fits and rule.block_size in (None, block_size)
-        if fits and (gluon or isinstance(rule.shape, TileShape)):
+        served = gluon or isinstance(rule.shape, TileShape)
+        if served and rule.fits(tokens, groups, tiles, block_size):
             return rule.shape
     return None
 
