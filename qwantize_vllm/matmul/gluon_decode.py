@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qwantize_vllm.matmul.dependent_launch import dependent_launch, wait_for_kernel_before
+from qwantize_vllm.matmul.dependent_launch import dependent_launch
 from qwantize_vllm.matmul.gluon_normed import _add_and_weigh, _gate, _load_pair, _norm_factors, _pairs_of, _write_sums
 from qwantize_vllm.matmul.gpu import Launch, launch_now
 from qwantize_vllm.matmul.normed import AddedNorm
@@ -30,7 +31,6 @@ from qwantize_vllm.matmul.swizzle import COLUMNS, SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import DecodeShape
 
 MOST_TOKENS = 4
-_wait_for_kernel_before = gluon.jit(wait_for_kernel_before.fn)
 
 
 def why_not_decode(x: torch.Tensor) -> str | None:
@@ -345,7 +345,8 @@ def _decode_kernel(
     WHOLE: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    _wait_for_kernel_before(DEPENDENT)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     if residual_ptr is not None:  # noqa: SIM102 - a constant, and a condition
         if gl.program_id(0) == gl.num_programs(0) - 1:
             _write_sums(x_ptr, residual_ptr, sums_ptr, x_stride, residual_stride, m, k, num_warps)

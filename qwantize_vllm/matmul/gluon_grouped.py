@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from qwantize_vllm.matmul.dependent_launch import dependent_launch, wait_for_kernel_before
+from qwantize_vllm.matmul.dependent_launch import dependent_launch
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.gluon_pipeline import (
     TOKENS_IN_CACHE,
@@ -38,7 +38,6 @@ from qwantize_vllm.matmul.wgmma_shapes import WgmmaShape
 # Of h: half as wide as a tile of rows.
 H_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
 _COPY_COLUMNS = 1024
-_wait_for_kernel_before = gluon.jit(wait_for_kernel_before.fn)
 _activate = gluon.jit(activate.fn)
 
 
@@ -118,9 +117,10 @@ def _launch(
 
 
 @triton.jit
-def _copy_kernel(x_ptr, pairs_ptr, out_ptr, k, top_k, x_stride, DEPENDENT: tl.constexpr, COLUMNS: tl.constexpr):
+def _copy_kernel(x_ptr, pairs_ptr, out_ptr, k, top_k, x_stride, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr):
     """Row i of the result is that of x whose token pair i of the plan has; others are left as they are."""
-    wait_for_kernel_before(DEPENDENT)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     pair = tl.load(pairs_ptr + row)
     if pair < 0:
@@ -145,7 +145,8 @@ def _place(work, extent, plan_ptr, TOKENS: gl.constexpr):
 
 @gluon.jit
 def _produce(operands, buffers, extent, plan_ptr, DEPENDENT: gl.constexpr):
-    _wait_for_kernel_before(DEPENDENT)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     tiles, chunks, groups, slots, row_tiles = extent
     TOKENS: gl.constexpr = buffers[0].shape[1]
     GROUPS: gl.constexpr = buffers[1].shape[0] // buffers[5].shape[0]
@@ -172,7 +173,8 @@ def _consume(
     ACTIVATION: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):
-    _wait_for_kernel_before(DEPENDENT)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     chunks, slots, row_tiles = extent[1], extent[3], extent[4]
     TOKENS: gl.constexpr = buffers[0].shape[1]
     GROUPS: gl.constexpr = buffers[1].shape[0] // buffers[5].shape[0]

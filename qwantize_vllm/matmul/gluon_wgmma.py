@@ -18,12 +18,13 @@ import logging
 
 import torch
 import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from qwantize_vllm.matmul.dependent_launch import dependent_launch, wait_for_kernel_before
+from qwantize_vllm.matmul.dependent_launch import dependent_launch
 from qwantize_vllm.matmul.gluon_pipeline import (
     TOKENS_IN_CACHE,
     X_LAYOUT,
@@ -41,7 +42,6 @@ from qwantize_vllm.matmul.wgmma_shapes import STEPS, WgmmaShape, choose_wgmma_sh
 
 logger = logging.getLogger(__name__)
 
-_wait_for_kernel_before = gluon.jit(wait_for_kernel_before.fn)
 _LARGEST_TILE = max(shape.tokens * shape.groups * 64 for shape in STEPS)
 
 
@@ -145,7 +145,8 @@ def _place(work, extent, TOKENS: gl.constexpr):
 
 @gluon.jit
 def _produce(operands, buffers, extent, DEPENDENT: gl.constexpr):
-    _wait_for_kernel_before(DEPENDENT)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     tiles, chunks, works = extent[0], extent[1], extent[3]
     TOKENS: gl.constexpr = buffers[0].shape[1]
     GROUPS: gl.constexpr = buffers[1].shape[0] // buffers[5].shape[0]
@@ -159,7 +160,8 @@ def _produce(operands, buffers, extent, DEPENDENT: gl.constexpr):
 
 @gluon.jit
 def _consume(buffers, extent, result, sums_ptr, PART: gl.constexpr, BLOCK_SIZE: gl.constexpr, DEPENDENT: gl.constexpr):
-    _wait_for_kernel_before(DEPENDENT)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     works = extent[3]
     TOKENS: gl.constexpr = buffers[0].shape[1]
     GROUPS: gl.constexpr = buffers[1].shape[0] // buffers[5].shape[0]

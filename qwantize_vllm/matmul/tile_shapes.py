@@ -55,6 +55,7 @@ class Rule(NamedTuple):
     block_size: int | None = None
 
     def fits(self, tokens: int, groups: int, tiles: int, block_size: int) -> bool:
+        """Whether it is for so many tokens and a weight of so many groups and tiles, with blocks of that size."""
         large_enough = groups >= self.groups and tiles >= self.tiles
         return tokens <= self.tokens and large_enough and self.block_size in (None, block_size)
 
@@ -127,6 +128,7 @@ def choose_shape(
     """The shape for x of so many tokens and a weight of so many groups and tiles; None where a dense product is faster.
 
     major: of an NVIDIA GPU's compute capability; None for anything else. gluon: whether kernels in Gluon can run.
+    block_size: of the weight, 16 or 32.
     """
     for rule in ELSEWHERE if major is None else RULES.get(major, ELSEWHERE):
         served = gluon or isinstance(rule.shape, TileShape)

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwantize_vllm.matmul.dependent_launch import dependent_launch, wait_for_kernel_before
+from qwantize_vllm.matmul.dependent_launch import dependent_launch
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.gpu import capability_major, multiprocessors
 from qwantize_vllm.matmul.grouped_shapes import choose_grouped
@@ -220,7 +220,8 @@ def _grouped_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    wait_for_kernel_before(DEPENDENT)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     # Neighbouring programs share their weights and differ in their pairs.
     slot = tl.program_id(0)
     if PAIRS > 0:
@@ -321,7 +322,8 @@ def _sum_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """y[token] = sum over its pairs and the slices of K of weight * z, in float32, in the same order every time."""
-    wait_for_kernel_before(DEPENDENT)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     y = tl.zeros((COLUMNS,), dtype=tl.float32)

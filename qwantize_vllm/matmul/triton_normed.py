@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwantize_vllm.matmul.dependent_launch import dependent_launch, wait_for_kernel_before
+from qwantize_vllm.matmul.dependent_launch import dependent_launch
 from qwantize_vllm.matmul.gpu import Launch, launch_now
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def _add_norm_kernel(
     COLUMNS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    wait_for_kernel_before(DEPENDENT)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     there = column < k
@@ -82,7 +83,8 @@ def _add_norm_kernel(
 
 @triton.jit
 def _gate_kernel(x_ptr, y_ptr, n, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr):
-    wait_for_kernel_before(DEPENDENT)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < n

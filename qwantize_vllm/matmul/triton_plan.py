@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwantize_vllm.matmul.dependent_launch import dependent_launch, wait_for_kernel_before
+from qwantize_vllm.matmul.dependent_launch import dependent_launch
 from qwantize_vllm.matmul.launcher import launch_again
 
 _CHUNK = 1024  # pairs counted by a program
@@ -47,7 +47,8 @@ def _count_kernel(
     ids_ptr, counts_ptr, plan_ptr, pairs, fill, BINS: tl.constexpr, CHUNK: tl.constexpr, DEPENDENT: tl.constexpr
 ):
     """Pairs of every expert in a chunk; the last bin is for what does not count. Also sets the plan to -1."""
-    wait_for_kernel_before(DEPENDENT)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     ids = _load_bins(ids_ptr, chunk * CHUNK + tl.arange(0, CHUNK), pairs, BINS)
     tl.store(counts_ptr + chunk * BINS + tl.arange(0, BINS), tl.histogram(ids, BINS))
@@ -70,7 +71,8 @@ def _place_kernel(
     OWN: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    wait_for_kernel_before(DEPENDENT)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     start = tl.program_id(0) * OWN
     mine = start // CHUNK
     bins = tl.arange(0, BINS)

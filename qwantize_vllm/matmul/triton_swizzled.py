@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwantize_vllm.matmul.dependent_launch import dependent_launch, wait_for_kernel_before
+from qwantize_vllm.matmul.dependent_launch import dependent_launch
 from qwantize_vllm.matmul.gpu import Launch, launch_now, multiprocessors
 from qwantize_vllm.matmul.swizzle import ARRIVALS, COLUMNS, ROWS, SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import TileShape
@@ -131,7 +131,8 @@ def _swizzled_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    wait_for_kernel_before(DEPENDENT)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     # Neighbouring programs share their weights and differ in their tokens.
     split, splits = tl.program_id(2), tl.num_programs(2)
     token = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
