@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from qwantize_vllm.matmul.gpu import Launch, launch_now
-from qwantize_vllm.matmul.launcher import ALIGNMENT, launcher
+from qwantize_vllm.matmul.launcher import ALIGNMENT, constants_behind, launcher
 from qwantize_vllm.matmul.partial_sums import area_of_stream, is_area
 
 # Runs a product through launchers that get this launch: (launch) -> y.
@@ -73,14 +73,12 @@ class _Recorder:
         if len(self.calls) != 1:
             return None
         compiled, kernel, grid, arguments, constants = self.calls[0]
-        from triton.compiler import CompiledKernel
-
-        names = kernel.arg_names[len(arguments) :]
-        if not isinstance(compiled, CompiledKernel) or any(name not in constants for name in names):
+        rest = constants_behind(compiled, kernel, len(arguments), constants)
+        if rest is None:
             return None
-        recording = Recording(launcher(compiled, y.device), grid, y)
+        recording = Recording(launcher(compiled, y.device.index), grid, y)
         tensors = [*inputs, y]
-        for argument in (*arguments, *(constants[name] for name in names)):
+        for argument in (*arguments, *rest):
             if not recording.add(argument, tensors):
                 return None
         return recording
