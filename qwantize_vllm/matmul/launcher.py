@@ -72,7 +72,7 @@ def _understood(
     if rest is None:
         return None
     launch = launcher(compiled, device)
-    return lambda grid, *arguments: launch(grid, *arguments, *rest)
+    return lambda grid, *arguments: launch((*grid, 1, 1)[:3], *arguments, *rest)
 
 
 def constants_behind(compiled: Any, kernel: Any, given: int, constants: dict[str, Any]) -> list[Any] | None:
@@ -88,7 +88,7 @@ def constants_behind(compiled: Any, kernel: Any, given: int, constants: dict[str
 def launcher(compiled: Any, device: int | None) -> Callable[..., None]:
     """(grid, *arguments): compiled[grid](*arguments) for a stream of the device, but that it costs nothing to tell
     hooks that are not there. Arguments are all those of the kernel in their order, constants included; a tensor may be
-    its address."""
+    its address. A grid has three numbers."""
     from triton import knobs
     from triton.runtime import driver
 
@@ -96,11 +96,10 @@ def launcher(compiled: Any, device: int | None) -> Callable[..., None]:
     stream_of, runtime = driver.active.get_current_stream, knobs.runtime
 
     def launch(grid: tuple[int, ...], *arguments: Any) -> None:
-        x, y, z = (*grid, 1, 1)[:3]
         if _is_there(runtime.launch_enter_hook) or _is_there(runtime.launch_exit_hook):
-            compiled[x, y, z](*arguments)
+            compiled[grid](*arguments)
         else:
-            run(x, y, z, stream_of(device), function, metadata, None, None, None, *arguments)
+            run(*grid, stream_of(device), function, metadata, None, None, None, *arguments)
 
     return launch
 
