@@ -15,13 +15,13 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qwantize_vllm.matmul.dependent_launch import dependent_launch
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.gluon_pipeline import (
     TOKENS_IN_CACHE,
     X_LAYOUT,
+    Described,
     load_chunk,
     make_buffers,
     multiply_chunks,
@@ -93,9 +93,9 @@ def _launch(
     launch_again(
         _grouped_wgmma_kernel,
         (min(works, multiprocessors(x.device)),),
-        TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [shape.tokens, 64], X_LAYOUT),
+        Described(x, list(x.shape), [x.stride(0), 1], [shape.tokens, 64], X_LAYOUT),
         *weight_descriptors(weight.words, weight.scales),
-        TensorDescriptor(y, list(y.shape), [y.stride(0), 1], [shape.tokens, width], y_layout),
+        Described(y, list(y.shape), [y.stride(0), 1], [shape.tokens, width], y_layout),
         weight.global_scales,
         plan,
         tiles,

@@ -40,14 +40,22 @@ FLAT_LAYOUTS = {
 }
 
 
-def weight_descriptors(words: torch.Tensor, scales: torch.Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
+class Described(TensorDescriptor):
+    """A TensorDescriptor that nobody checks before the driver does, which is asked to make a tensor map of it: to be
+    checked twice costs as much as all else."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def weight_descriptors(words: torch.Tensor, scales: torch.Tensor) -> tuple[Described, Described]:
     """Of the words and scales of a swizzled weight, or of all experts' one after the other: a chunk of a group each."""
     return _rows(words, 256, 4 * _CHUNK.value), _rows(scales, 64 * _CHUNK.value, 1)
 
 
-def _rows(tensor: torch.Tensor, length: int, count: int) -> TensorDescriptor:
+def _rows(tensor: torch.Tensor, length: int, count: int) -> Described:
     """A contiguous tensor as rows of so many elements, so many at a time."""
-    return TensorDescriptor(
+    return Described(
         tensor, [tensor.numel() // length, length], [length, 1], [count, length], FLAT_LAYOUTS[tensor.dtype]
     )
 

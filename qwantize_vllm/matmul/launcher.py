@@ -15,56 +15,64 @@ from qwantize_vllm.matmul.gpu import launch_now
 
 ALIGNMENT = 16  # of addresses and sizes: Triton compiles for multiples of it
 _MOST = 4096  # kinds: far more than models have
-_launchers: dict[Hashable, Callable[..., None] | None] = {}
-_UNKNOWN: Any = object()
+# With each its kernel, whose id is then no other's.
+_launchers: dict[Hashable, tuple[Any, Callable[..., None] | None]] = {}
+_BY_TYPE = (type(None), float, bool)
 
 
 def launch_again(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """As `launch_now`. From the second launch of a kind on, the compiled kernel is launched.
 
-    A launch's kind is all that Triton compiles for: of tensors the dtype, of numbers whether they are 1 or need 64
-    bits, of both whether they are multiples of 16, and constants as they are.
+    A launch's kind is all that Triton compiles for: of tensors the dtype, of numbers whether they are 1 and which type
+    they need, of both whether they are multiples of 16, and constants as they are.
     """
-    device: torch.device | None = None
-    kinds, values = list[Hashable](), list[Any]()
+    device: int | None = None
+    kinds: list[Hashable] = []
+    values: list[Any] = []
     for argument in arguments:
-        tensor = argument if isinstance(argument, torch.Tensor) else getattr(argument, "base", None)
-        if tensor is not None:
-            device, address = tensor.device, tensor.data_ptr()
-            described = None if tensor is argument else (tuple(argument.block_shape), argument.layout)
-            kinds.append((tensor.dtype, address % ALIGNMENT == 0, described))
-            values.append(address if tensor is argument else argument)
-        else:
-            kinds.append(_kind(argument))
+        kind: Any = type(argument)
+        if kind is int:
+            # 0 or -1 is an i32. Not all kernels are compiled for 1 and for multiples of 16.
+            kinds.append((argument >> 31, argument == 1, argument % ALIGNMENT == 0))
             values.append(argument)
-    assert device is not None, "a launch without a tensor"
-    key = (kernel, device.index, tuple(kinds), tuple(constants.items()))
-    known = _launchers.get(key, _UNKNOWN)
-    if known is _UNKNOWN:
+        elif isinstance(argument, torch.Tensor):
+            if device is None:
+                device = argument.get_device()
+            address = argument.data_ptr()
+            kinds.append((argument.dtype, address % ALIGNMENT == 0))
+            values.append(address)
+        elif hasattr(argument, "block_shape"):
+            # Triton compiles for no more of a TensorDescriptor; the rest is looked at when it is launched.
+            kinds.append((kind, argument.base.dtype, *argument.block_shape, argument.layout))
+            values.append(argument)
+        else:
+            kinds.append(kind if kind in _BY_TYPE else (kind, argument))
+            values.append(argument)
+    # Of constants the types as well: 1, 1.0 and True are equal. A kernel's id, as its hash takes it a lock.
+    given = constants.values()
+    key = (id(kernel), device, tuple(kinds), *constants, *given, *map(type, given))
+    known = _launchers.get(key)
+    if known is None:
+        compiled = kernel[grid](*arguments, **constants)
         if len(_launchers) >= _MOST:
             _launchers.clear()
-        _launchers[key] = _understood(kernel[grid](*arguments, **constants), kernel, len(arguments), constants, device)
-    elif known is None:
+        _launchers[key] = kernel, _understood(compiled, kernel, len(arguments), constants, device)
+    elif (launch := known[1]) is None:
         launch_now(kernel, grid, *arguments, **constants)
     else:
-        known(grid, *values)
-
-
-def _kind(argument: Any) -> Hashable:
-    if type(argument) is int:
-        return (argument == 1, argument % ALIGNMENT == 0, argument >> 31)
-    return float if type(argument) is float else argument
+        launch(grid, *values)
 
 
 def _understood(
-    compiled: Any, kernel: Any, given: int, constants: dict[str, Any], device: torch.device
+    compiled: Any, kernel: Any, given: int, constants: dict[str, Any], device: int | None
 ) -> Callable[..., None] | None:
     """Launches with a grid and the arguments that were given; None where this is no kernel compiled by Triton."""
-    rest = arguments_behind(compiled, kernel, given, constants)
+    # For AMD Triton also compiles for how large tensors are.
+    rest = None if torch.version.hip or device is None else arguments_behind(compiled, kernel, given, constants)
     if rest is None:
         return None
     launch = launcher(compiled, device)
-    return lambda grid, *arguments: launch(grid, *arguments, *rest)
+    return lambda grid, *arguments: launch((*grid, 1, 1)[:3], *arguments, *rest)
 
 
 def arguments_behind(compiled: Any, kernel: Any, given: int, constants: dict[str, Any]) -> list[Any] | None:
@@ -77,10 +85,10 @@ def arguments_behind(compiled: Any, kernel: Any, given: int, constants: dict[str
     return [constants[name] for name in kernel.arg_names[given:]]
 
 
-def launcher(compiled: Any, device: torch.device) -> Callable[..., None]:
+def launcher(compiled: Any, device: int | None) -> Callable[..., None]:
     """(grid, *arguments): compiled[grid](*arguments) for a stream of the device, but that it costs nothing to tell
     hooks that are not there. Arguments are all those of the kernel in their order, constants included; a tensor may be
-    its address."""
+    its address. A grid has three numbers."""
     from triton import knobs
     from triton.runtime import driver
 
@@ -88,11 +96,10 @@ def launcher(compiled: Any, device: torch.device) -> Callable[..., None]:
     stream_of, runtime = driver.active.get_current_stream, knobs.runtime
 
     def launch(grid: tuple[int, ...], *arguments: Any) -> None:
-        x, y, z = (*grid, 1, 1)[:3]
         if _is_there(runtime.launch_enter_hook) or _is_there(runtime.launch_exit_hook):
-            compiled[x, y, z](*arguments)
+            compiled[grid](*arguments)
         else:
-            run(x, y, z, stream_of(device.index), function, metadata, None, None, None, *arguments)
+            run(*grid, stream_of(device), function, metadata, None, None, None, *arguments)
 
     return launch
 

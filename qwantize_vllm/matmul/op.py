@@ -164,8 +164,7 @@ def _(x: torch.Tensor, w13: list[torch.Tensor], w2: list[torch.Tensor], *rest: o
     return x.new_empty(x.shape[0], w2[0].shape[1])
 
 
-@torch.library.custom_op("qwantize::experts_swizzled", mutates_args=())
-def experts_swizzled_op(
+def _experts_swizzled(
     x: torch.Tensor,
     w13: list[torch.Tensor],
     w2: list[torch.Tensor],
@@ -184,8 +183,7 @@ def experts_swizzled_op(
     return run_experts(x, first, second, topk_weights, topk_ids, activation, backend)
 
 
-@experts_swizzled_op.register_fake
-def _(
+def _fake_experts_swizzled(
     x: torch.Tensor,
     w13: list[torch.Tensor],
     w2: list[torch.Tensor],
@@ -197,3 +195,6 @@ def _(
     *rest: object,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], out)
+
+
+experts_swizzled_op = _define("experts_swizzled", _experts_swizzled, _fake_experts_swizzled)

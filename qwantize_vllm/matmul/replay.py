@@ -76,7 +76,7 @@ class _Recorder:
         rest = arguments_behind(compiled, kernel, len(arguments), constants)
         if rest is None:
             return None
-        recording = Recording(launcher(compiled, y.device), grid, y)
+        recording = Recording(launcher(compiled, y.device.index), (*grid, 1, 1)[:3], y)
         tensors = [*inputs, y]
         for argument in (*arguments, *rest):
             if not recording.add(argument, tensors):

@@ -129,7 +129,7 @@ def sum_experts(
 
 
 def _tiles(ids: torch.Tensor, experts: int, width: int) -> Tiles:
-    pairs = len(ids)
+    pairs = ids.numel()
     if pairs <= min(_FEW_PAIRS[-1], max(_FEW_PAIRS[0], experts)):
         return Tiles(ids, experts, width, pairs, None)
     slots = slots_for(pairs, experts, width)
@@ -157,7 +157,7 @@ def _launch(
 ) -> None:
     """share: pairs that share a row of x, one after the other."""
     groups, columns = weight.words.shape[1:3]
-    (n, k), planned = weight.shape, tiles.plan is not None
+    (n, k), pairs, planned = weight.shape, tiles.ids.numel(), tiles.plan is not None
     launch_again(
         _grouped_kernel,
         (tiles.slots, -(-groups // shape.groups), splits),
@@ -168,7 +168,7 @@ def _launch(
         tiles.ids,
         tiles.plan,
         y,
-        len(tiles.ids),
+        pairs,
         tiles.slots,
         n,
         k,
@@ -181,7 +181,7 @@ def _launch(
         TILE_M=shape.tokens,
         GROUPS=shape.groups,
         STEPS=shape.steps,
-        PAIRS=0 if planned else next(few for few in _FEW_PAIRS if len(tiles.ids) <= few),
+        PAIRS=0 if planned else next(few for few in _FEW_PAIRS if pairs <= few),
         WHOLE_K=k % (shape.steps * COLUMNS) == 0,
         ACTIVATION=activation,
         PTX=x.is_cuda and torch.version.hip is None,

@@ -31,7 +31,7 @@ def slots_for(pairs: int, experts: int, width: int) -> int:
 
 def make_plan(ids: torch.Tensor, experts: int, width: int, slots: int) -> torch.Tensor:
     """int32 (slots * (1 + width) + pairs,) for ids int32 (pairs,)."""
-    pairs, bins = len(ids), 1 << experts.bit_length()
+    pairs, bins = ids.numel(), 1 << experts.bit_length()
     chunks = -(-pairs // _CHUNK)
     plan = torch.empty(slots * (1 + width) + pairs, dtype=torch.int32, device=ids.device)
     counts = torch.empty(chunks, bins, dtype=torch.int32, device=ids.device)
