@@ -16,6 +16,8 @@ import torch
 from tests.e2e.checkpoints import quantize_checkpoint, write_dequantized, write_tiny
 from tests.e2e.engine import run_engine
 from tests.e2e.probe import generate
+from tests.gpu.exact import Exact
+from tests.gpu.memory import LITTLE_MEMORY
 from tests.matmul.test_wgmma import hopper
 
 PROMPTS = [[1, 5, 9, 30], [7], list(range(3, 90))]
@@ -57,7 +59,7 @@ def outcome_of(directory: Path, checkpoint: Path, fuse_norms: bool) -> dict[str,
         additional_config={"qwantize": {"fuse_norms": fuse_norms}},
         skip_tokenizer_init=True,
         enforce_eager=False,
-        gpu_memory_utilization=0.2,
+        **LITTLE_MEMORY,
     )
     assert outcome.exit_code == 0, outcome.log[-5000:]
     return outcome.result
@@ -71,24 +73,9 @@ def test_an_engine_is_as_exact_with_norms_in_products(tmp_path: Path) -> None:
     assert fused["launched"].get((True, True), 0) >= 2 * LAYERS
     assert fused["launched"].get((True, False), 0) >= 2 * (LAYERS - 1)
     assert not any(normed for normed, _ in steps["launched"])
-    exact = write_dequantized(checkpoint, quantize_checkpoint(checkpoint), tmp_path / "exact", torch.float32)
-    distances = [distance(outcome["completions"], exact) for outcome in (fused, steps)]
+    exact = Exact(write_dequantized(checkpoint, quantize_checkpoint(checkpoint), tmp_path / "exact", torch.float32))
+    distances = [exact.distance(outcome["completions"]) for outcome in (fused, steps)]
     print(
         f"log-probabilities apart from float32 by {distances[0]:.4f} with norms in products, {distances[1]:.4f} without"
     )
     assert distances[0] < 1.25 * distances[1]
-
-
-def distance(completions: list[dict[str, Any]], checkpoint: Path) -> float:
-    """Root mean square of what the likeliest tokens' log-probabilities are apart from those of a float32 model."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    apart = []
-    for each in completions:
-        with torch.no_grad():
-            logits = model(torch.tensor([each["prompt_ids"] + each["ids"]])).logits[0]
-        exact = logits[len(each["prompt_ids"]) - 1 :].log_softmax(-1)
-        apart += [mine - exact[step, token] for step, of in enumerate(each["logprobs"]) for token, mine in of.items()]
-    assert len(apart) >= 20 * sum(len(each["ids"]) for each in completions)
-    return torch.stack(apart).square().mean().sqrt().item()
