@@ -36,9 +36,9 @@ LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "dow
 TOKENS = [1, 16, 32, 64, 128, 256, 512, 1024]
 # (groups, steps, warps, stages)
 FORMS = [(1, 4, 2, 3), (1, 4, 4, 3), (1, 2, 4, 3), (1, 2, 4, 4), (1, 1, 4, 3), (2, 2, 4, 3), (2, 1, 4, 4), (2, 2, 8, 3)]
-# (parts, tiles, warps)
 # Of these a norm stands before the product, in Llama; and whether a gate stands behind it.
 NORMED_LAYERS = {"qkv": False, "gate_up": True}
+# (parts, tiles, warps)
 DECODE_FORMS = [(1, 4, 8), (1, 4, 16), (1, 2, 8), (1, 2, 16), (2, 2, 4), (2, 4, 2), (2, 4, 4), (2, 4, 8), (4, 2, 4)]
 KINDS = {TileShape: "", DecodeShape: "decode ", WgmmaShape: "wgmma "}
 Candidate = TileShape | DecodeShape | WgmmaShape
