@@ -160,8 +160,8 @@ def normed_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     from qwantize_vllm.matmul.gluon_decode import _decode_kernel
 
     names = ("x_ptr", "y_ptr", "residual_ptr", "gain_ptr", "sums_ptr")
-    cases = itertools.product(NORMED_TOKENS, ((False, 16), (True, 16), (True, 32)))
-    for number, (tokens, (gated, block)) in enumerate(cases):
+    cases = [(1, False, 16), (2, False, 32), *itertools.product(NORMED_TOKENS, (True,), (16, 32))]
+    for number, (tokens, gated, block) in enumerate(cases):
         shape = choose_normed_shape(9, tokens, gated, block)
         assert shape is not None
         scales = "*i32" if block == 16 else "*i16"

@@ -19,6 +19,7 @@ from qwantize_vllm.matmul.gpu import capability_major
 from qwantize_vllm.matmul.normed import AddedNorm, one_kernel
 from qwantize_vllm.matmul.swizzle import COLUMNS, SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import NORMED_TOKENS, DecodeShape, Shape, TileShape, shapes_for
+from qwantize_vllm.matmul.triton_launchers import build_launcher
 from qwantize_vllm.matmul.wgmma_shapes import STEPS
 
 _MOST_THREADS = 8
@@ -100,14 +101,9 @@ def _compile(device: torch.device, kernel: Any, grid: tuple[int, ...], *argument
 def _compile_with_launcher(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
 ) -> None:
-    """In Triton 3.6 a kernel of other types of arguments has a launcher of its own in C, made when it is loaded.
-
-    It goes to Triton's cache. The kernel itself is not loaded: a CUDA graph that is being captured may not stand that.
-    """
-    from triton.runtime import driver
-
-    compiled = kernel.warmup(*arguments, grid=grid, **constants)
-    driver.active.launcher_cls(compiled.src, compiled.metadata)
+    """Into Triton's cache. Nothing is loaded: neither the kernel, which a CUDA graph that is being captured may not
+    stand, nor its launcher (triton_launchers.py)."""
+    build_launcher(kernel.warmup(*arguments, grid=grid, **constants))
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from qwantize_vllm.matmul.experts import ACTIVATIONS
 from qwantize_vllm.plugin.cached import cached
 from qwantize_vllm.plugin.expert_weights import ExpertForm, QuantizedExperts, choose_expert_form
 from qwantize_vllm.plugin.linear import _open_hessians, largest_over_ranks
+from qwantize_vllm.plugin.rehearsal import end_rehearsal
 from qwantize_vllm.plugin.reloading import check_arrived, old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.versions import PROCESSED
@@ -149,6 +150,7 @@ class QwantizeMoEMethod(ExpertMethod):
         check_arrived(
             layer, self.name, sum(weight.numel() for weight in dense.values()), "gate, up and down of all experts"
         )
+        end_rehearsal()
         before, dtype = sum(weight.nbytes for weight in dense.values()), dense["w2"].dtype
         experts, self._from_cache = local_experts(layer), self.settings.cache_dir is not None
         quantized = {name: self.quantize(name, weight, experts) for name, weight in dense.items()}

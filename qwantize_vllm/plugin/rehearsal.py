@@ -38,7 +38,8 @@ def begin_rehearsal(settings: QwantizeSettings, k: int, dtype: torch.dtype, devi
 
 
 def end_rehearsal() -> None:
-    """Wait for it, so that nothing is compiled twice."""
+    """Wait for it, before kernels are launched here: nothing is compiled twice, and one thread at a time loads kernels
+    (matmul/triton_launchers.py says why)."""
     if _thread is not None:
         _thread.join()
 

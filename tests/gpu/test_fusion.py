@@ -69,9 +69,10 @@ def test_an_engine_is_as_exact_with_norms_in_products(tmp_path: Path) -> None:
     """Sums of bfloat16 products are rounded elsewhere: both engines are held against float32."""
     checkpoint = write_tiny(tmp_path / "tiny", num_hidden_layers=LAYERS)
     fused, steps = (outcome_of(tmp_path / str(on), checkpoint, on) for on in (True, False))
-    # Each at least once for one token and for two; the first qkv follows a norm without a sum.
+    # Each at least once: with a gate for one token and for two, without for one (tile_shapes.py). The first qkv follows
+    # a norm without a sum.
     assert fused["launched"].get((True, True), 0) >= 2 * LAYERS
-    assert fused["launched"].get((True, False), 0) >= 2 * (LAYERS - 1)
+    assert fused["launched"].get((True, False), 0) >= LAYERS - 1
     assert not any(normed for normed, _ in steps["launched"])
     exact = Exact(write_dequantized(checkpoint, quantize_checkpoint(checkpoint), tmp_path / "exact", torch.float32))
     distances = [exact.distance(outcome["completions"]) for outcome in (fused, steps)]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -30,15 +32,37 @@ def test_nothing_is_compiled_without_a_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_what_was_compiled_ahead_is_not_compiled_again(monkeypatch, with_bias):
+def test_what_was_compiled_ahead_is_not_compiled_again(monkeypatch, tmp_path, with_bias):
+    """Nor is a launcher built again, and none is loaded but where it is launched (triton_launchers.py)."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    events = watch_launchers(monkeypatch)
     x, q = make("cuda", 208, 1088, 700, torch.float16, 32)
     weight, bias = swizzle(q), torch.randn(208, device="cuda").half() if with_bias else None
+    events.clear()
     ahead._seen.clear()
     ahead.compile_ahead(weight, x.dtype, bias)
     ahead._threads(x.device).shutdown(wait=True)
     ahead._threads.cache_clear()
+    assert not [thread for event, thread in events if event == "loaded"]
+    events.clear()
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **what: compiled.append(what["repr"]))
     for tokens in (1, 8, 9, 16, 20, 33, 64, 65, 128, 129, 300, 700):
         run_swizzled(x[:tokens], weight, bias)
     assert not [repr for repr in compiled if "unswizzle" not in repr]
+    assert len([thread for event, thread in events if event == "built"]) <= len(compiled)
+
+
+def watch_launchers(monkeypatch):
+    """What Triton does with modules in C, and in which thread."""
+    from triton.runtime import build
+
+    events = []
+    for event, original in {"built": build._build, "loaded": build._load_module_from_path}.items():
+
+        def watched(*arguments, event=event, original=original):
+            events.append((event, threading.current_thread()))
+            return original(*arguments)
+
+        monkeypatch.setattr(build, original.__name__, watched)
+    return events

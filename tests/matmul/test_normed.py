@@ -103,6 +103,7 @@ CASES = [
         ),
         *MORE,
     ]
+    if shape is not None
 ]
 
 
