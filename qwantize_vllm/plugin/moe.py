@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_ep_group, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
@@ -22,7 +23,7 @@ from qwantize_vllm.plugin.cached import cached
 from qwantize_vllm.plugin.expert_weights import ExpertForm, QuantizedExperts, choose_expert_form
 from qwantize_vllm.plugin.linear import _open_hessians, largest_over_ranks
 from qwantize_vllm.plugin.rehearsal import end_rehearsal
-from qwantize_vllm.plugin.reloading import check_arrived, old_weights_on_error
+from qwantize_vllm.plugin.reloading import check_arrived, check_not_moved, old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.versions import PROCESSED
 from qwantize_vllm.search.quality import signal_and_noise
@@ -70,9 +71,18 @@ class ExpertMethod(FusedMoEMethodBase):
         super().__init__(moe)
         self.settings, self.name, self.report = settings, name, report
         self._form: ExpertForm | None = None
+        config = get_current_vllm_config_or_none()
+        self._runners: dict[str, Any] = config.compilation_config.static_forward_context if config else {}
 
     def keep(self, layer: RoutedExperts, experts: QuantizedExperts) -> int:
-        """Put them on the layer in place of what is there; returns their bytes."""
+        """Put them on the layer in place of what is there; returns their bytes.
+
+        Raises:
+            ValueError: load balancing has moved the experts that are there.
+        """
+        check_not_moved(
+            self._runners.get(layer.layer_name), self.name, layer.global_num_experts, self.moe.num_logical_experts
+        )
         self._form = self._form or choose_expert_form(self.settings, experts, self.name)
         return self._form.keep(layer, experts)
 

@@ -47,6 +47,28 @@ def check_arrived(layer: torch.nn.Module, name: str, numel: int, members: str) -
         )
 
 
+def check_not_moved(runner: Any, name: str, physical: int, logical: int) -> None:
+    """See that experts are still where they were at the start: it is there that vLLM puts the weights of an update.
+
+    Args:
+        runner: vLLM's MoERunner of the layer; None where there is none yet.
+        physical, logical: how many places for experts all ranks have, and how many experts.
+
+    Raises:
+        ValueError: load balancing (EPLB) has moved some of them.
+    """
+    state = getattr(runner, "eplb_state", None)
+    if state is None or state.logical_to_physical_map is None:  # without load balancing, or while the model is built
+        return
+    now = [sorted(place for place in places if place >= 0) for places in state.logical_to_physical_map.tolist()]
+    if moved := sum(places != list(range(expert, physical, logical)) for expert, places in enumerate(now)):
+        raise ValueError(
+            f"qwantize: {name}: load balancing (EPLB) has moved {moved} of {logical} experts since the start, and vLLM "
+            "loads weights into the places that they had then: restart the server with the new weights, or serve "
+            "without --enable-eplb if weights are to be updated"
+        )
+
+
 def refuse_sparse_updates(config: Any) -> None:
     """See that an engine with vLLM's config is not to get single elements of its dense weights, which it has not kept.
 

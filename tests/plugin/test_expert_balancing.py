@@ -11,12 +11,14 @@ pytest.importorskip("vllm")
 pytest.importorskip("triton")
 
 from vllm.distributed.device_communicators.pynccl_wrapper import ncclDataTypeEnum
+from vllm.distributed.eplb.eplb_state import EplbLayerState, EplbState
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from qwantize_vllm import QwantizeSettings, quantize_nvfp4
 from qwantize_vllm.plugin.expert_weights import GroupedForm, PlainExpertForm, QuantizedExperts
 from qwantize_vllm.plugin.moe import QwantizeMoEMethod
+from qwantize_vllm.plugin.reloading import check_not_moved
 from qwantize_vllm.plugin.report import LoadReport
 
 EXPERTS, HIDDEN, INNER = 4, 64, 32
@@ -74,3 +76,52 @@ def test_nccl_can_send_all_that_is_kept(name, block_size):
 def test_vllm_is_told_that_it_may():
     moe = types.SimpleNamespace()
     assert QwantizeMoEMethod(QwantizeSettings(), "mlp.experts", LoadReport(QwantizeSettings()), moe).supports_eplb
+
+
+def runner_where(places: list[list[int]] | None):
+    """As vLLM's, of a layer in such an order; None: no model has been given to the load balancing yet."""
+    state = EplbLayerState()
+    if places is not None:
+        placed = torch.tensor(places)
+        state.set_layer_state(0, torch.zeros(1, 6), placed[None], (placed >= 0).sum(1)[None])
+    return types.SimpleNamespace(eplb_state=state)
+
+
+@pytest.mark.parametrize("places", [[[0, 4, -1], [1, 5, -1], [2, -1, -1], [3, -1, -1]], None])
+def test_weights_are_updated_where_experts_are_as_at_the_start(places):
+    check_not_moved(runner_where(places), "mlp.experts", 6, EXPERTS)
+    check_not_moved(types.SimpleNamespace(eplb_state=None), "mlp.experts", EXPERTS, EXPERTS)
+    check_not_moved(None, "mlp.experts", EXPERTS, EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("places", "count"),
+    [
+        ([[1, 4, -1], [0, 5, -1], [2, -1, -1], [3, -1, -1]], 2),  # two have changed places
+        ([[0, -1, -1], [1, 5, -1], [2, 4, -1], [3, -1, -1]], 2),  # another one has become two
+    ],
+)
+def test_an_update_is_refused_after_experts_were_moved(places, count):
+    with pytest.raises(ValueError, match=f"mlp.experts: load balancing .* moved {count} of 4 experts .* restart"):
+        check_not_moved(runner_where(places), "mlp.experts", 6, EXPERTS)
+
+
+def test_places_are_those_that_vllm_starts_with():
+    """So that an update right after the start is taken, also by versions to come."""
+    started = EplbState.build_initial_global_physical_to_logical_map(EXPERTS, 6)
+    places = [[place for place, expert in enumerate(started) if expert == each] for each in range(EXPERTS)]
+    slots = max(map(len, places))
+    padded = [each + [-1] * (slots - len(each)) for each in places]
+    check_not_moved(runner_where(padded), "mlp.experts", EXPERTS + 6, EXPERTS)
+
+
+def test_what_is_served_is_not_touched_by_a_refused_update():
+    settings = QwantizeSettings()
+    moe = types.SimpleNamespace(num_logical_experts=EXPERTS)
+    method = QwantizeMoEMethod(settings, "mlp.experts", LoadReport(settings), moe)
+    layer = torch.nn.Module()
+    layer.layer_name, layer.global_num_experts = "model.mlp.experts", 6
+    method._runners = {layer.layer_name: runner_where([[1, 4], [0, 5], [2, -1], [3, -1]])}
+    with pytest.raises(ValueError, match="restart the server"):
+        method.keep(layer, quantize(16, "cpu"))
+    assert not list(layer.parameters())

@@ -50,6 +50,7 @@ class Layer(torch.nn.Module):
         self.here = list(here)
         self.expert_map = torch.tensor([self.here.index(i) if i in self.here else -1 for i in range(EXPERTS)])
         self.local_num_experts, self.moe_config = len(self.here), moe_config(num_logical_experts=EXPERTS)
+        self.layer_name, self.global_num_experts = "mlp.experts", EXPERTS
         name_projections(self)
 
     def _map_global_expert_id_to_local_expert_id(self, expert):
