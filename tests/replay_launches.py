@@ -18,10 +18,10 @@ from qwantize_vllm.matmul import gluon_grouped, gluon_wgmma, launcher, partial_s
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.gluon_decode import matmul_decode
 from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
-from qwantize_vllm.matmul.gpu import launch_now
 from qwantize_vllm.matmul.swizzle import ARRIVALS, SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import DecodeShape, TileShape
 from qwantize_vllm.matmul.triton_swizzled import matmul_swizzled
+from qwantize_vllm.triton_launch import launch_now
 
 # Of a TensorDescriptor, what launching looks at besides its tensor.
 _OF_DESCRIPTORS = ("shape", "strides", "block_shape", "layout", "padding")

@@ -16,11 +16,12 @@ from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.cpu import matmul_cpu
 from qwantize_vllm.matmul.cpu_fused import matmul_cpu_fused, why_not_fused
 from qwantize_vllm.matmul.experts import SwizzledExperts
-from qwantize_vllm.matmul.gpu import Launch, capability_major, launch_now
+from qwantize_vllm.matmul.gpu import capability_major
 from qwantize_vllm.matmul.grouped_shapes import WGMMA_PAIRS
 from qwantize_vllm.matmul.reference import matmul_reference
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, DecodeShape, Shape, TileShape, choose_shape
+from qwantize_vllm.triton_launch import Launch, launch_now
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -50,14 +50,22 @@ def compile_normed_ahead(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.
         if shape is not None and _is_new(*_kind(weight, dtype, bias, shape), gated):
             from qwantize_vllm.matmul.gluon_decode import matmul_decode
 
-            launch = functools.partial(_compile, weight.device)
+            launch = functools.partial(compile_in_thread, weight.device)
             matmul_decode(x, weight, bias, shape, launch=launch, norm=norm, gated=gated)
+
+
+def compile_in_thread(
+    device: torch.device, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
+) -> Future[None]:
+    """Start to compile what `launch_now` would launch on a GPU. Triton's driver must be there: threads would each make
+    one."""
+    return _threads(device).submit(_compile_with_launcher, kernel, grid, arguments, constants)
 
 
 def _compile_shape(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, shape: Shape) -> None:
     if not _is_new(*_kind(weight, dtype, bias, shape)):
         return
-    launch = functools.partial(_compile, weight.device)
+    launch = functools.partial(compile_in_thread, weight.device)
     k = weight.shape[1]
     x = _empty(1, k, weight, dtype)
     if isinstance(shape, TileShape):
@@ -92,10 +100,6 @@ def _whole_steps(k: int, shape: Shape) -> int:
 
 def _empty(tokens: int, k: int, weight: SwizzledNvfp4, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(tokens, k, dtype=dtype, device=weight.device)
-
-
-def _compile(device: torch.device, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    _threads(device).submit(_compile_with_launcher, kernel, grid, arguments, constants)
 
 
 def _compile_with_launcher(

@@ -25,10 +25,10 @@ from triton.experimental.gluon import language as gl
 
 from qwantize_vllm.matmul.dependent_launch import dependent_launch
 from qwantize_vllm.matmul.gluon_normed import _add_and_weigh, _gate, _load_pair, _norm_factors, _pairs_of, _write_sums
-from qwantize_vllm.matmul.gpu import Launch, launch_now
 from qwantize_vllm.matmul.normed import AddedNorm
 from qwantize_vllm.matmul.swizzle import COLUMNS, SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import DecodeShape
+from qwantize_vllm.triton_launch import Launch, launch_now
 
 MOST_TOKENS = 4
 

@@ -35,10 +35,11 @@ from qwantize_vllm.matmul.gluon_pipeline import (
     weight_descriptors,
 )
 from qwantize_vllm.matmul.gluon_sums import add_sums, leave_sums
-from qwantize_vllm.matmul.gpu import Launch, launch_now, multiprocessors
+from qwantize_vllm.matmul.gpu import multiprocessors
 from qwantize_vllm.matmul.partial_sums import area_of_stream
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
 from qwantize_vllm.matmul.wgmma_shapes import STEPS, WgmmaShape, choose_wgmma_shape, rounds
+from qwantize_vllm.triton_launch import Launch, launch_now
 
 logger = logging.getLogger(__name__)
 

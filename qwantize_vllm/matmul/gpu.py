@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
-
-# (kernel, grid, its arguments, its constants) -> None: what a launcher ends with.
-Launch = Callable[..., None]
 
 # Few, so that K is split in tests.
 _INTERPRETED_MULTIPROCESSORS = 2
@@ -29,7 +24,3 @@ def capability_major(device: torch.device) -> int | None:
     if device.type != "cuda":
         return _INTERPRETED_MAJOR
     return None if torch.version.hip else torch.cuda.get_device_capability(device)[0]
-
-
-def launch_now(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    kernel[grid](*arguments, **constants)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qwantize_vllm.matmul.gpu import launch_now
+from qwantize_vllm.triton_launch import launch_now
 
 ALIGNMENT = 16  # of addresses and sizes: Triton compiles for multiples of it
 _MOST = 4096  # kinds: far more than models have

@@ -11,10 +11,10 @@ from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.backends import BACKENDS, choose_backend, run_experts, run_swizzled
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.experts_cpu import experts_one_by_one, members_of
-from qwantize_vllm.matmul.gpu import Launch, launch_now
 from qwantize_vllm.matmul.normed import AddedNorm, gate_alone, norm_alone, one_kernel
 from qwantize_vllm.matmul.replay import replay_or_run
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
+from qwantize_vllm.triton_launch import Launch, launch_now
 
 
 @torch.library.custom_op("qwantize::matmul_nvfp4", mutates_args=())

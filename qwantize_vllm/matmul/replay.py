@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from qwantize_vllm.matmul.gpu import Launch, launch_now
 from qwantize_vllm.matmul.launcher import ALIGNMENT, arguments_behind, launcher
 from qwantize_vllm.matmul.partial_sums import area_of_stream, is_area
+from qwantize_vllm.triton_launch import Launch, launch_now
 
 # Runs a product through launchers that get this launch: (launch) -> y.
 Run = Callable[[Launch], torch.Tensor]

@@ -35,6 +35,7 @@ import dataclasses
 import torch
 
 from qwantize_vllm.format import Nvfp4Tensor, check_block_size
+from qwantize_vllm.triton_launch import Launch, launch_now
 
 ROWS, COLUMNS = 64, 64
 ARRIVALS = 4096  # tiles of a result that can be shared by programs
@@ -94,27 +95,29 @@ class SwizzledNvfp4:
         return self.words.nbytes + self.scales.nbytes + self.global_scale.nbytes + self.arrived.nbytes
 
 
-def swizzle(q: Nvfp4Tensor) -> SwizzledNvfp4:
+def swizzle(q: Nvfp4Tensor, launch: Launch = launch_now) -> SwizzledNvfp4:
     """Reorder an unbatched weight; on a CPU several times its bytes are needed on the way.
+
+    launch: what else to do with a GPU's kernels than to run them.
 
     Raises:
         ValueError: the weight is batched.
     """
     if q.codes.dim() != 2:
         raise ValueError(f"only an unbatched (N, K) weight can be swizzled, got {tuple(q.shape)}; index it first")
-    words, scales = (_swizzle_on_gpu if q.codes.is_cuda else _swizzle)(q)
+    words, scales = _swizzle_on_gpu(q, launch) if q.codes.is_cuda else _swizzle(q)
     arrived = torch.zeros(ARRIVALS, dtype=torch.int32, device=q.device)
     return SwizzledNvfp4(words, scales, q.global_scale, arrived, (q.shape[0], q.shape[1]), q.block_size)
 
 
-def _swizzle_on_gpu(q: Nvfp4Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _swizzle_on_gpu(q: Nvfp4Tensor, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
     from qwantize_vllm.matmul.triton_swizzle import swizzle_triton
 
     n, k = q.shape
     groups, tiles = -(-n // ROWS), -(-k // COLUMNS)
     words = torch.empty(groups, tiles, 4, 256, dtype=torch.int16, device=q.device)
     scales = torch.empty(groups, -(-tiles // 4), ROWS, 4, dtype=_SCALES[q.block_size], device=q.device)
-    swizzle_triton(q.codes, q.block_scales, words, scales, q.block_size)
+    swizzle_triton(q.codes, q.block_scales, words, scales, q.block_size, launch)
     return words, scales
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from qwantize_vllm.matmul.dependent_launch import dependent_launch
-from qwantize_vllm.matmul.gpu import Launch, launch_now
+from qwantize_vllm.triton_launch import Launch, launch_now
 
 if TYPE_CHECKING:
     from qwantize_vllm.matmul.normed import AddedNorm

@@ -10,21 +10,33 @@ import torch
 import triton
 import triton.language as tl
 
+from qwantize_vllm.triton_launch import Launch, launch_now
+
 _TILES = 8  # tiles a program, 16 pairs of words a thread
 _SCALES = 2048  # bytes of scales a program
 
 
 def swizzle_triton(
-    codes: torch.Tensor, block_scales: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, block_size: int
+    codes: torch.Tensor,
+    block_scales: torch.Tensor,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    block_size: int,
+    launch: Launch = launch_now,
 ) -> None:
-    """Fill words and scales of a SwizzledNvfp4, contiguous, from codes and block_scales of an Nvfp4Tensor (N, K)."""
+    """Fill words and scales of a SwizzledNvfp4, contiguous, from codes and block_scales of an Nvfp4Tensor (N, K).
+
+    launch: what else to do with the kernels than to run them.
+    """
     n, columns = codes.shape
     groups, tiles = words.shape[:2]
-    _words_kernel[(triton.cdiv(tiles, _TILES), groups)](
-        codes.contiguous(), words.view(torch.int32), n, columns, tiles, TILES=_TILES, num_warps=8
-    )
+    words_grid = (triton.cdiv(tiles, _TILES), groups)
+    pairs = words.view(torch.int32)
+    launch(_words_kernel, words_grid, codes.contiguous(), pairs, n, columns, tiles, TILES=_TILES, num_warps=8)
     bytes_ = scales.view(torch.uint8)
-    _scales_kernel[(triton.cdiv(bytes_.numel(), _SCALES),)](
+    launch(
+        _scales_kernel,
+        (triton.cdiv(bytes_.numel(), _SCALES),),
         block_scales.contiguous().view(torch.uint8),
         bytes_,
         n,

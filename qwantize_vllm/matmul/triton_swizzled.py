@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from qwantize_vllm.matmul.dependent_launch import dependent_launch
-from qwantize_vllm.matmul.gpu import Launch, launch_now, multiprocessors
+from qwantize_vllm.matmul.gpu import multiprocessors
 from qwantize_vllm.matmul.swizzle import ARRIVALS, COLUMNS, ROWS, SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import TileShape
 from qwantize_vllm.matmul.triton_fragments import (
@@ -28,6 +28,7 @@ from qwantize_vllm.matmul.triton_fragments import (
     load_words,
     rescale,
 )
+from qwantize_vllm.triton_launch import Launch, launch_now
 
 # Slices of K: so many programs a multiprocessor (more where a program has little to do), as far as none gets shorter or
 # longer than so many tiles of 64 columns.

@@ -2,19 +2,25 @@
 
 The first layer that a process quantizes takes it a second, and with no compiled kernels at hand several: Triton is
 imported, reads all of itself to know its version (half a second; Python's lock is not held meanwhile), compiles or
-loads kernels, and CUDA loads each of PyTorch's that is used for the first time. None of it needs the weights.
+loads kernels, and CUDA loads each of PyTorch's that is used for the first time. None of it needs the weights, and
+kernels are compiled at the same time, in threads.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
+from concurrent.futures import Future
+from typing import Any
 
 import torch
 from vllm.logger import init_logger
 
+from qwantize_vllm.format import Nvfp4Tensor
+from qwantize_vllm.matmul.compile_ahead import compile_in_thread
 from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.search.quality import signal_and_noise
-from qwantize_vllm.search.quantize import GlobalScale, quantize_nvfp4
+from qwantize_vllm.search.quantize import GlobalScale, matrix_amax, quantize_nvfp4
 from qwantize_vllm.settings import QwantizeSettings
 
 logger = init_logger(f"vllm.{__name__}")
@@ -53,7 +59,10 @@ def _rehearse(settings: QwantizeSettings, k: int, dtype: torch.dtype, device: to
         if device.type == "cuda":
             torch.cuda.set_device(device)
         with torch.no_grad():
-            rehearse(settings, torch.zeros(_ROWS, k, dtype=dtype, device=device))
+            weight = torch.zeros(_ROWS, k, dtype=dtype, device=device)
+            if device.type == "cuda":
+                compile_together(settings, weight)
+            rehearse(settings, weight)
     except Exception as error:
         logger.info(
             "qwantize: a layer was rehearsed in vain, which costs time alone: %s: %s", type(error).__name__, error
@@ -67,3 +76,33 @@ def rehearse(settings: QwantizeSettings, weight: torch.Tensor) -> None:
     signal_and_noise(weight, q)
     if settings.backend == "auto":
         swizzle(q)
+
+
+def compile_together(settings: QwantizeSettings, weight: torch.Tensor) -> None:
+    """Compile what `rehearse` launches for a weight (N, K) on a GPU, all at once."""
+    from triton.runtime import driver
+
+    from qwantize_vllm.search.triton_quality import signal_and_noise_triton
+    from qwantize_vllm.search.triton_sse import search_sse
+
+    driver.active.get_current_target()  # makes the driver, which threads would do one and all
+    jobs: list[Future[None]] = []
+
+    def launch(*launched: Any, **constants: Any) -> None:
+        jobs.append(compile_in_thread(weight.device, *launched, **constants))
+
+    q = _empty_quantized(weight, settings.block_size)
+    search_sse(weight[None], q.global_scale[None], settings.block_size, settings.scale_search == "optimal", launch)
+    signal_and_noise_triton(weight, q, launch)
+    if settings.backend == "auto":
+        swizzle(q, launch)
+    matrix_amax(weight)
+    for job in jobs:
+        job.result()
+
+
+def _empty_quantized(weight: torch.Tensor, block_size: int) -> Nvfp4Tensor:
+    n, k = weight.shape
+    empty = functools.partial(torch.empty, device=weight.device)
+    scales = empty(n, k // block_size, dtype=torch.float8_e4m3fn)
+    return Nvfp4Tensor(empty(n, k // 2, dtype=torch.uint8), scales, empty((), dtype=torch.float32), block_size)

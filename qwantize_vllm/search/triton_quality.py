@@ -9,21 +9,27 @@ import triton.language as tl
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.search.triton_tiles import to_float32
 from qwantize_vllm.triton_format import decode_e2m1, decode_e4m3
+from qwantize_vllm.triton_launch import Launch, launch_now
 
 _TILE = 2048  # bytes of codes a program
 _INTERPRETER_TILE = 2**16
 
 
-def signal_and_noise_triton(weight: torch.Tensor, q: Nvfp4Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def signal_and_noise_triton(
+    weight: torch.Tensor, q: Nvfp4Tensor, launch: Launch = launch_now
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum w^2, sum (w - q)^2) of a contiguous (N, K) weight, float64 scalars.
 
-    In float32 over the elements of a program, some thousands, and in float64 over programs.
+    In float32 over the elements of a program, some thousands, and in float64 over programs. launch: what else to do
+    with the kernel than to run it.
     """
     count = q.codes.numel()
     tile = _INTERPRETER_TILE if weight.device.type == "cpu" else _TILE
     programs = triton.cdiv(count, tile)
     sums = torch.empty(2, programs, dtype=torch.float64, device=weight.device)
-    _quality_kernel[(programs,)](
+    launch(
+        _quality_kernel,
+        (programs,),
         weight,
         q.codes.contiguous(),
         q.block_scales.contiguous().view(torch.uint8),

@@ -38,6 +38,7 @@ from qwantize_vllm.search.triton_numbers import (
 )
 from qwantize_vllm.search.triton_tiles import LaunchShape, launch_shape, load_blocks, store_blocks, to_float32
 from qwantize_vllm.triton_format import decode_e4m3
+from qwantize_vllm.triton_launch import Launch, launch_now
 
 # By the major version of the compute capability. A warp holds 32 blocks: it leaves its loops when the last of
 # them does. Regenerate with `python scripts/tune_search.py`.
@@ -56,7 +57,7 @@ _SIX_SMALL = tl.constexpr(6 * 2.0**-126)
 
 
 def search_sse(
-    weight: torch.Tensor, global_scale: torch.Tensor, block_size: int, optimal: bool
+    weight: torch.Tensor, global_scale: torch.Tensor, block_size: int, optimal: bool, launch: Launch = launch_now
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the search over a batch of matrices.
 
@@ -65,6 +66,7 @@ def search_sse(
         global_scale: float32 (E,), positive and normal.
         block_size: 16 or 32; divides K.
         optimal: search all 126 codes; otherwise snap(amax/6).
+        launch: what else to do with the kernel than to run it.
 
     Returns:
         Packed codes uint8 (E, N, K/2) and E4M3 codes of the block scales uint8 (E, N, K/block_size).
@@ -79,7 +81,9 @@ def search_sse(
     programs = triton.cdiv(blocks, shape.blocks * shape.tiles)
     for first in range(0, e, _MATRICES_A_LAUNCH):
         part = slice(first, first + _MATRICES_A_LAUNCH)
-        _search_sse_kernel[(programs, len(weight[part]))](
+        launch(
+            _search_sse_kernel,
+            (programs, len(weight[part])),
             weight[part],
             global_scale[part],
             codes[part],

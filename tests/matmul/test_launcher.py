@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 from qwantize_vllm.matmul import launcher, triton_grouped, triton_plan
 from qwantize_vllm.matmul.backends import run_experts
-from qwantize_vllm.matmul.gpu import launch_now
 from qwantize_vllm.matmul.launcher import launch_again
+from qwantize_vllm.triton_launch import launch_now
 from tests.matmul.test_experts import make, swizzled
 
 

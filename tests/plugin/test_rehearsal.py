@@ -61,3 +61,16 @@ def test_what_was_rehearsed_is_not_compiled_again(monkeypatch):
     for rows, k in ((6144, 4096), (4096, 14336)):
         rehearsal.rehearse(QwantizeSettings(), torch.randn(rows, k, device="cuda").bfloat16())
     assert compiled == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale_search", ["naive", "optimal"])
+def test_all_that_is_launched_is_compiled_together(monkeypatch, scale_search):
+    import triton
+
+    settings, weight = QwantizeSettings(scale_search=scale_search), torch.zeros(1024, 4096, device="cuda").bfloat16()
+    rehearsal.compile_together(settings, weight)
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **what: compiled.append(what["repr"]))
+    rehearsal.rehearse(settings, weight)
+    assert compiled == []
