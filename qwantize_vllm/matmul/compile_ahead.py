@@ -21,6 +21,7 @@ from qwantize_vllm.matmul.swizzle import COLUMNS, SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import NORMED_TOKENS, DecodeShape, Shape, TileShape, shapes_for
 from qwantize_vllm.matmul.triton_launchers import build_launcher
 from qwantize_vllm.matmul.wgmma_shapes import STEPS
+from qwantize_vllm.triton_launch import Launch
 
 _MOST_THREADS = 8
 
@@ -39,10 +40,12 @@ def compile_ahead(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor 
 
 
 def compile_normed_ahead(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, gated: bool) -> None:
-    """As `compile_ahead`, what norms x and perhaps gates the product (normed.py), where one kernel does."""
+    """As `compile_ahead`, what norms x and perhaps gates the product (normed.py), where for few tokens one kernel does
+    it all."""
     if weight.device.type != "cuda":
         return
-    k = weight.shape[1]
+    k, launch = weight.shape[1], functools.partial(compile_in_thread, weight.device)
+    shapes = []
     for tokens in NORMED_TOKENS:
         x = _empty(tokens, k, weight, dtype)
         norm = AddedNorm(x, _empty(1, k, weight, dtype)[0], 1e-6, x)
@@ -50,8 +53,22 @@ def compile_normed_ahead(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.
         if shape is not None and _is_new(*_kind(weight, dtype, bias, shape), gated):
             from qwantize_vllm.matmul.gluon_decode import matmul_decode
 
-            launch = functools.partial(compile_in_thread, weight.device)
             matmul_decode(x, weight, bias, shape, launch=launch, norm=norm, gated=gated)
+        shapes.append(shape)
+    if any(shapes):
+        _compile_steps(weight, dtype, gated, launch)
+
+
+def _compile_steps(weight: SwizzledNvfp4, dtype: torch.dtype, gated: bool, launch: Launch) -> None:
+    """What norms and gates the products of more tokens: kernels of their own."""
+    from qwantize_vllm.matmul.triton_normed import add_norm, silu_and_mul
+
+    n, k = weight.shape
+    x = _empty(NORMED_TOKENS[-1] + 1, k, weight, dtype)
+    if _is_new("norm", k, dtype, weight.device):
+        add_norm(x, AddedNorm(x, x[0], 1e-6, x), launch)
+    if gated and _is_new("gate", n, dtype, weight.device):
+        silu_and_mul(_empty(len(x), n, weight, dtype), launch)
 
 
 def compile_in_thread(

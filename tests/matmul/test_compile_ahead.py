@@ -11,9 +11,11 @@ import triton
 
 from qwantize_vllm.matmul import compile_ahead as ahead
 from qwantize_vllm.matmul.backends import run_swizzled
+from qwantize_vllm.matmul.op import normed_matmul_swizzled_op
 from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.matmul.tile_shapes import choose_shape, shapes_for
 from tests.matmul.test_swizzled_matmul import make
+from tests.matmul.test_wgmma import hopper
 
 
 @pytest.mark.parametrize("major", [8, 9, 10, None])
@@ -51,6 +53,25 @@ def test_what_was_compiled_ahead_is_not_compiled_again(monkeypatch, tmp_path, wi
         run_swizzled(x[:tokens], weight, bias)
     assert not [repr for repr in compiled if "unswizzle" not in repr]
     assert len([thread for event, thread in events if event == "built"]) <= len(compiled)
+
+
+@hopper
+@pytest.mark.gpu
+def test_what_norms_and_gates_was_compiled_ahead(monkeypatch, tmp_path):
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    x, q = make("cuda", 384, 1056, 40, torch.bfloat16)
+    weight = swizzle(q)
+    ahead._seen.clear()
+    ahead.compile_ahead(weight, x.dtype, None)
+    ahead.compile_normed_ahead(weight, x.dtype, None, gated=True)
+    ahead._threads(x.device).shutdown(wait=True)
+    ahead._threads.cache_clear()
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **what: compiled.append(what["repr"]))
+    tensors = (weight.words, weight.scales, weight.global_scale, weight.arrived)
+    for tokens in (1, 2, 3, 40):
+        normed_matmul_swizzled_op(x[:tokens], x[:tokens], x[0], 1e-5, *tensors, None, 384, 16, "auto", True)
+    assert not [repr for repr in compiled if "unswizzle" not in repr]
 
 
 def watch_launchers(monkeypatch):
