@@ -21,6 +21,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from qwantize_vllm.checkpoint import Checkpoint
 from qwantize_vllm.checkpoint.export import ExportLayer
+from qwantize_vllm.checkpoint.members import Member
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.plugin.inspection import MetaModel
 from qwantize_vllm.plugin.moe import WEIGHTS, QwantizeMoEMethod, expert_members, matrices_of
@@ -71,7 +72,7 @@ def plan_export(built: MetaModel, source: Checkpoint) -> Plan:
             continue
         for weight in weights:
             taken.update(weight.names)
-            plan.weights.append(ExportLayer(weight.name, weight.names))
+            plan.weights.append(ExportLayer(weight.name, tuple(map(Member.whole, weight.names))))
             plan.quantize[weight.name] = weight.quantize
         plan.quantized.append(name)
     plan.ignore.extend(_ignore(plan, built, source))
@@ -207,7 +208,7 @@ def _ignore(plan: Plan, built: MetaModel, source: Checkpoint) -> list[str]:
 
     Experts may be in the checkpoint otherwise than one by one; what reads the config asks for them one by one.
     """
-    quantized = {name for weight in plan.weights for name in weight.weights}
+    quantized = {member.tensor for weight in plan.weights for member in weight.members}
     left = [
         name.removesuffix(".weight")
         for name, info in source.tensors.items()
