@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import math
 import shutil
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from qwantize_vllm.checkpoint.files import INDEX, Checkpoint, digest, save_tensors, save_text, sync
 from qwantize_vllm.checkpoint.layouts import Layout, split_rows
+from qwantize_vllm.checkpoint.members import Member, read_members
 from qwantize_vllm.format import Nvfp4Tensor
 
 NOTES = "qwantize-export.json"
@@ -42,11 +44,11 @@ class ExportLayer:
 
     Attributes:
         name: that of the serving model's layer; of an expert with its number and w13 or w2 behind it.
-        weights: the checkpoint's tensors that it is made of, each (rows, K), in the order of its rows.
+        members: the checkpoint's matrices that it is made of, each (rows, K), in the order of its rows.
     """
 
     name: str
-    weights: tuple[str, ...]
+    members: tuple[Member, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,27 +113,26 @@ _Unit = ExportLayer | str  # a layer, or the name of a tensor that is copied
 
 
 def _shards(job: ExportJob) -> list[list[_Unit]]:
-    """What goes into which file: in the order of the source, a layer where its first weight lies."""
-    layer_of = {weight: layer for layer in job.layers for weight in layer.weights}
-    placed: set[str] = set()
+    """What goes into which file: in the order of the source, a layer where its first member lies."""
+    made_of: dict[str, list[_Unit]] = {}  # by tensor; those of a stacked one in the order of the job
+    for layer in job.layers:
+        for tensor in dict.fromkeys(member.tensor for member in layer.members):
+            made_of.setdefault(tensor, []).append(layer)
+    units = dict.fromkeys(unit for name in job.source.tensors for unit in made_of.get(name, [name]))
     shards: list[list[_Unit]] = [[]]
     size = 0
-    for name, info in job.source.tensors.items():
-        layer = layer_of.get(name)
-        if name in placed:
-            continue
-        placed.update([name] if layer is None else layer.weights)
-        nbytes = info.nbytes if layer is None else _quantized_bytes(job, layer)
+    for unit in units:
+        nbytes = job.source.tensors[unit].nbytes if isinstance(unit, str) else _quantized_bytes(job, unit)
         if size and size + nbytes > job.shard_bytes:
             shards.append([])
             size = 0
-        shards[-1].append(layer or name)
+        shards[-1].append(unit)
         size += nbytes
     return shards
 
 
 def _quantized_bytes(job: ExportJob, layer: ExportLayer) -> int:
-    shapes = [job.source.tensors[weight].shape for weight in layer.weights]
+    shapes = [member.shape(job.source) for member in layer.members]
     described = [job.layout.described("", n, k, job.block_size) for n, k in shapes]
     return sum(math.prod(shape) * dtype.itemsize for each in described for dtype, shape in each.values())
 
@@ -142,13 +143,13 @@ def _shard(job: ExportJob, units: Sequence[_Unit], quantize: Quantize, bar: Any)
         if isinstance(unit, str):
             tensors[unit] = job.source.read(unit)
             continue
-        members = [job.source.read(weight).to(job.dtype) for weight in unit.weights]
-        rows = [member.shape[0] for member in members]
-        weight = members[0] if len(members) == 1 else torch.cat(members)
-        del members
+        matrices = [matrix.to(job.dtype) for matrix in read_members(job.source, unit.members)]
+        rows = [matrix.shape[0] for matrix in matrices]
+        weight = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+        del matrices
         parts = split_rows(quantize(unit, weight), rows)
-        for name, q in zip(unit.weights, parts, strict=True):
-            tensors |= job.layout.write(name.removesuffix(".weight"), q)
+        for member, q in zip(unit.members, parts, strict=True):
+            tensors |= job.layout.write(member.name, q)
         bar.update()
     return tensors
 
@@ -255,6 +256,7 @@ def _identity(job: ExportJob) -> dict[str, Any]:
         "settings": dict(job.settings),
         "dtype": str(job.dtype).removeprefix("torch."),
         "shard_bytes": job.shard_bytes,
+        "layers": hashlib.sha256(repr(list(job.layers)).encode()).hexdigest()[:16],
         "source": files,
     }
 

@@ -7,8 +7,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -92,11 +93,21 @@ class Checkpoint:
         Raises:
             ValueError: its file cannot be read; names both.
         """
+        return self._read(name, lambda file: file.get_tensor(name))
+
+    def read_slice(self, name: str, index: int) -> torch.Tensor:
+        """tensor[index] of one tensor (E, ...), on the CPU; of the others nothing is read.
+
+        Raises:
+            ValueError: its file cannot be read; names both.
+        """
+        return self._read(name, lambda file: file.get_slice(name)[index])
+
+    def _read(self, name: str, what: Callable[[Any], torch.Tensor]) -> torch.Tensor:
         path = self.directory / self.tensors[name].file
         try:
             with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-                return tensor
+                return what(file)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: tensor {name!r} cannot be read: {error}") from error
 

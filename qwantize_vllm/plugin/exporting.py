@@ -59,7 +59,7 @@ def _export(model: str, out: Path, settings: dict[str, Any], layout: str, dtype:
         resolved = built.quantization.settings
         _check(resolved, layout)
         source = Checkpoint(_directory(built.config))
-        plan = plan_export(built, source)
+        plan = plan_export(built, source, LAYOUTS[layout])
         job = ExportJob(
             source=source,
             out=out,

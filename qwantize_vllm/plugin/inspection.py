@@ -10,6 +10,7 @@ fuses it and in the dtype that would be served, its quantized forms, and what of
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import tempfile
@@ -175,12 +176,18 @@ def one_rank() -> Iterator[None]:
 class MetaModel:
     """A model on the meta device, with what the plugin decided about its layers."""
 
-    def __init__(self, model: str, settings: dict[str, Any], dtype: str) -> None:
+    def __init__(
+        self, model: str, settings: dict[str, Any], dtype: str, quantization_config: dict[str, Any] | None = None
+    ) -> None:
+        """quantization_config: in the place of the checkpoint's; None for that one."""
+        self._given = model, dtype
+        overrides = {} if quantization_config is None else {"quantization_config": quantization_config}
         arguments = EngineArgs(
             model=model,
             dtype=dtype,
             quantization="qwantize",
             additional_config={"qwantize": settings},
+            hf_overrides=overrides,
             load_format="safetensors",
             enforce_eager=True,
         )
@@ -193,6 +200,11 @@ class MetaModel:
         self.unused = self.quantization.report.unused_patterns()
         self.layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, LinearBase)}
         self.experts = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, RoutedExperts)}
+
+    def exported(self, quantization_config: dict[str, Any]) -> MetaModel:
+        """The same model, as it is built for an export with this quantization_config."""
+        model, dtype = self._given
+        return MetaModel(model, {}, dtype, copy.deepcopy(quantization_config))
 
     def name(self, path: str) -> str:
         """By which settings and Hessian files know a layer."""

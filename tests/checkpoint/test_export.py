@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from qwantize_vllm import quantize_nvfp4
 from qwantize_vllm.checkpoint import LAYOUTS, Checkpoint
 from qwantize_vllm.checkpoint.export import NOTES, ExportJob, ExportLayer, export, verify
+from qwantize_vllm.checkpoint.members import Member, Part
 
 LAYERS = 6
 KILLS = 20
+EXPERTS, INNER = 3, 32
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,8 @@ def source(tmp_path_factory):
         for j, name in enumerate(("q", "k", "o")):
             files[j % 2][f"l{i}.{name}.weight"] = torch.randn(8 + 8 * j, 32, generator=generator).bfloat16() * (1 + j)
         files[0][f"l{i}.norm.weight"] = torch.ones(32)
+    files[0]["m.experts.gate_up"] = torch.randn(EXPERTS, 32, 2 * INNER, generator=generator).bfloat16()
+    files[1]["m.experts.down"] = torch.randn(EXPERTS, 32, INNER, generator=generator).bfloat16()
     for number, tensors in enumerate(files):
         save_file(tensors, folder / f"{number}.safetensors")
     (folder / "config.json").write_text('{"model_type": "tiny"}')
@@ -44,8 +48,15 @@ def source(tmp_path_factory):
 
 
 def job_for(source: Path, out: Path, **change: Any) -> ExportJob:
-    layers = [ExportLayer(f"l{i}.qk", (f"l{i}.q.weight", f"l{i}.k.weight")) for i in range(LAYERS)]
-    layers += [ExportLayer(f"l{i}.o", (f"l{i}.o.weight",)) for i in range(LAYERS)]
+    whole = Member.whole
+    layers = [ExportLayer(f"l{i}.qk", (whole(f"l{i}.q.weight"), whole(f"l{i}.k.weight"))) for i in range(LAYERS)]
+    layers += [ExportLayer(f"l{i}.o", (whole(f"l{i}.o.weight"),)) for i in range(LAYERS)]
+    for expert in range(EXPERTS):
+        at = f"m.experts.{expert}"
+        gate, up = (Part(expert, start, INNER, True) for start in (0, INNER))
+        gate_up = [Member(f"{at}.{name}", "m.experts.gate_up", part) for name, part in (("gate", gate), ("up", up))]
+        down = Member(f"{at}.down", "m.experts.down", Part(expert, 0, 32, False))
+        layers += [ExportLayer(f"{at}.w13", tuple(gate_up)), ExportLayer(f"{at}.w2", (down,))]
     job = ExportJob(
         source=Checkpoint(source),
         out=out,
@@ -100,6 +111,32 @@ def test_what_is_written(source, whole):
     index = "model.safetensors.index.json"
     assert others == {"config.json", "tokenizer.json", "1_Pooling/config.json", index, NOTES}
     assert verify(whole) == len(checkpoint.tensors)
+
+
+def test_stacked_experts_are_written_one_by_one(source, whole):
+    checkpoint, layout = Checkpoint(whole), LAYOUTS["compressed-tensors"]
+    dense = load_file(source / "0.safetensors") | load_file(source / "1.safetensors")
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    assert not dense.keys() & {name for name in tensors if name.startswith("m.")}
+    for expert in range(EXPERTS):
+        at = f"m.experts.{expert}"
+        gate, up, down = (layout.read(f"{at}.{name}", tensors) for name in ("gate", "up", "down"))
+        both = quantize_nvfp4(dense["m.experts.gate_up"][expert].T.contiguous(), "naive")
+        assert torch.equal(torch.cat([gate.codes, up.codes]), both.codes)
+        assert torch.equal(torch.cat([gate.dequantize(), up.dequantize()]), both.dequantize())
+        alone = quantize_nvfp4(dense["m.experts.down"][expert], "naive")
+        assert torch.equal(down.codes, alone.codes)
+        assert torch.equal(down.dequantize(), alone.dequantize())
+    files = {checkpoint.tensors[f"m.experts.{expert}.gate.weight_packed"].file for expert in range(EXPERTS)}
+    assert len(files) == EXPERTS  # so that an interrupted export goes on between them
+
+
+def test_an_export_that_wants_other_layers_does_not_go_on(source, tmp_path):
+    """As those that another version left, which wrote stacked experts as they are."""
+    interrupted(source, tmp_path / "out")
+    layers = [layer for layer in job_for(source, tmp_path / "out").layers if "experts" not in layer.name]
+    with pytest.raises(ValueError, match="left of another export, with other layers; remove it"):
+        export(job_for(source, tmp_path / "out", layers=layers), quantize)
 
 
 def test_a_directory_that_is_there_is_not_touched(source, whole):
@@ -189,7 +226,7 @@ def test_finished_shards_are_not_quantized_again(source, whole, tmp_path):
         return quantize(layer, weight)
 
     export(job_for(source, tmp_path / "out"), watch)
-    assert 0 < len(seen) < LAYERS
+    assert 0 < len(seen) < len(job_for(source, tmp_path).layers)
     assert files_of(tmp_path / "out") == files_of(whole)
 
 

@@ -46,12 +46,24 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "odd sizes": ("LlamaForCausalLM", {"hidden_size": 1000, "intermediate_size": 992}),
 }
 
+# Those whose checkpoints hold all experts of a layer in one tensor; 2 * 96, 96 and hidden_size tell its dimensions.
+_MIXTURE = {"num_local_experts": 4, "intermediate_size": 96}
+STACKED: dict[str, tuple[str, dict[str, Any]]] = {
+    # (E, K, N): transposed.
+    "llama4": (
+        "Llama4ForCausalLM",
+        {**_MIXTURE, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "attention_chunk_size": 128},
+    ),
+    # (E, N, K), and names that say nothing of experts.
+    "granite": ("GraniteMoeForCausalLM", {**_MIXTURE, "num_experts_per_tok": 2, "attention_multiplier": 0.17}),
+}
+
 
 def write_causal(name: str, path: Path) -> Path:
-    """A checkpoint of one of CAUSAL."""
+    """A checkpoint of one of CAUSAL or STACKED."""
     import transformers
 
-    cls, own = CAUSAL[name]
+    cls, own = (CAUSAL | STACKED)[name]
     model = getattr(transformers, cls)
     return _write(model(model.config_class(**{**_SIZES, **own})), path)
 

@@ -93,29 +93,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     save_hessians(path, expert_hessians(found.dense["qwen3"]), 16, HessianInfo(block_size=16))
     found.settings["qwen3"]["hessian"] = str(path)
     jobs = {case: found.job(case, folder / case) for case in CASES}
-    for case, change in (("stacked", stack), ("lacking", drop)):
-        dense = write_moe(folder / f"{case}-dense", QWEN3)
-        tensors = load_file(dense / "model.safetensors")
-        change(tensors)
-        save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
-        jobs[case] = (str(dense), folder / case, {}, "compressed-tensors", "auto", SHARD_BYTES)
+    lacking = write_moe(folder / "lacking-dense", QWEN3)
+    tensors = load_file(lacking / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
+    jobs["lacking"] = (str(lacking), folder / "lacking", {}, "compressed-tensors", "auto", SHARD_BYTES)
     found.done.update(zip(jobs, in_forked_process(export_each, list(jobs.values())), strict=True))
     return found
-
-
-def stack(tensors: dict[str, torch.Tensor]) -> None:
-    """The experts of the first layer in two tensors, as other models have them."""
-    at = "model.layers.0.mlp.experts"
-
-    def pop(name: str) -> torch.Tensor:
-        return torch.stack([tensors.pop(f"{at}.{i}.{name}_proj.weight") for i in range(EXPERTS)])
-
-    tensors[f"{at}.gate_up_proj"] = torch.cat([pop("gate"), pop("up")], dim=1)
-    tensors[f"{at}.down_proj"] = pop("down")
-
-
-def drop(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
 
 
 @pytest.fixture(scope="module")
@@ -199,16 +183,6 @@ def test_gates_and_experts_that_are_left_are_in_the_ignore_list(exported):
         assert torch.equal(written.read(f"{module}.weight"), dense.read(f"{module}.weight"))
 
 
-def test_experts_that_lie_stacked_in_the_checkpoint_stay_as_they_are(exported):
-    layer = "model.layers.0.mlp.experts"
-    assert exported.done["stacked"].left[layer] == "vLLM does not load its weights as they lie in the checkpoint"
-    assert "model.layers.1.mlp.experts" in exported.done["stacked"].quantized
-    config = json.loads((exported.folder / "stacked" / "config.json").read_text())["quantization_config"]
-    names = [f"{layer}.{i}.{name}_proj" for i in range(EXPERTS) for name in ("gate", "up", "down")]
-    assert [name for name in config["ignore"] if ".experts." in name] == names
-    assert f"{layer}.gate_up_proj" in Checkpoint(exported.folder / "stacked").tensors
-
-
 def test_a_checkpoint_that_lacks_an_experts_weight_is_refused(exported):
     said = exported.done["lacking"]
     assert "lacks weights of model.layers.1.mlp.experts.3.w13: of its 128 rows it has those of model.layers.1" in said
@@ -288,7 +262,7 @@ def use_plain_kernels() -> None:
     names = ("w13", "w13_scale", "w13_scale_2", "a13_scale", "w2", "w2_scale", "w2_scale_2", "a2_scale")
 
     class Plain:
-        is_monolithic = consumes_expert_mask = False
+        is_monolithic = consumes_expert_mask = can_overlap_shared_experts = False
         prepare_finalize = types.SimpleNamespace(topk_indices_dtype=lambda: None)
 
         def __init__(self, scales: Mapping[str, torch.Tensor]) -> None:
