@@ -45,22 +45,21 @@ def compile_normed_ahead(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.
     if weight.device.type != "cuda":
         return
     k, launch = weight.shape[1], functools.partial(compile_in_thread, weight.device)
-    shapes = []
     for tokens in NORMED_TOKENS:
         x = _empty(tokens, k, weight, dtype)
         norm = AddedNorm(x, _empty(1, k, weight, dtype)[0], 1e-6, x)
         shape = one_kernel(x, norm, weight.shape[0], weight.block_size, gated)
-        if shape is not None and _is_new(*_kind(weight, dtype, bias, shape), gated):
+        if shape is None:
+            continue
+        if _is_new(*_kind(weight, dtype, bias, shape), gated):
             from qwantize_vllm.matmul.gluon_decode import matmul_decode
 
             matmul_decode(x, weight, bias, shape, launch=launch, norm=norm, gated=gated)
-        shapes.append(shape)
-    if any(shapes):
         _compile_steps(weight, dtype, gated, launch)
 
 
 def _compile_steps(weight: SwizzledNvfp4, dtype: torch.dtype, gated: bool, launch: Launch) -> None:
-    """What norms and gates the products of more tokens: kernels of their own."""
+    """What norms and gates the products of more tokens, once: kernels of their own."""
     from qwantize_vllm.matmul.triton_normed import add_norm, silu_and_mul
 
     n, k = weight.shape

@@ -108,7 +108,8 @@ _NORMED = {
             {16: DecodeShape(1, 2, 2, 4), 32: DecodeShape(1, 2, 4, 2)},
         ),
         2: NormedShapes(
-            # Blocks of 16: norm and product one after the other take 7.6 us (qkv of Llama 3 8B), one kernel 8.1.
+            # Blocks of 16: norm and product one after the other take 7.6 us (qkv of Llama 3 8B, H200; tune_matmul.py),
+            # one kernel 8.1.
             {32: DecodeShape(2, 1, 4, 8)},
             {16: DecodeShape(2, 4, 2, 4), 32: DecodeShape(2, 2, 4, 2)},
         ),

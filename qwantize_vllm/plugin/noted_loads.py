@@ -38,7 +38,8 @@ class Load:
 def noted_loads(built: MetaModel, tensors: Iterable[Described]) -> dict[tuple[str, str], list[Load]]:
     """By module and parameter, what vLLM loads into it of a checkpoint that has these tensors, in this order.
 
-    The model cannot load anything else afterwards. Raises what vLLM does with tensors that it does not know.
+    The model can load nothing afterwards, but be asked here again. Raises what vLLM does with tensors that it does not
+    know.
     """
     found: dict[tuple[str, str], list[Load]] = {}
     handed_out: dict[int, tuple[str, torch.Tensor]] = {}

@@ -67,9 +67,10 @@ def why_not_unstacked(
         for each in unstacked
         for part in layout.names
     }
+    exported = built.exported(quantization_config)
     for order in (tensors, tensors[::-1]):
         try:
-            loads = noted_loads(built.exported(quantization_config), order)
+            loads = noted_loads(exported, order)
         except Exception as error:  # whatever a model's own loader raises: it is the reason that is asked for
             return f"vLLM does not load its experts one by one: {type(error).__name__}: {error}"
         missing = wanted - {(key, load) for key, each in loads.items() for load in each if load.expert is not None}

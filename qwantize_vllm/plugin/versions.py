@@ -3,9 +3,9 @@
 `make versions` runs the plugin's tests against OLDEST and NEWEST. What they had in common when this was written, though
 it is no public interface: `model_loader.reload.layerwise`, `model_executor.utils.replace_parameter`,
 `compilation.passes.inductor_pass.InductorPass`, the platform's `pass_key` and the op `vllm_ir.fused_add_rms_norm`,
-`SupportsMultiModal._mark_tower_model`, `MoERunner.eplb_state` and
-`static_forward_context`, `layers.quantization.get_quantization_config` as what vLLM looks methods up by.
-Should one of them move, its import belongs here.
+`SupportsMultiModal._mark_tower_model`, `MoERunner.eplb_state` and `static_forward_context`,
+`layers.quantization.get_quantization_config` as what vLLM looks methods up by. Should one of them move, its import
+belongs here.
 Nothing of vLLM is imported before a function is called.
 """
 

@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from tests.e2e.checkpoints import quantize_checkpoint, write_dequantized, write_tiny
-from tests.e2e.engine import run_engine
 from tests.e2e.probe import generate
+from tests.gpu.engine import result_of
 from tests.gpu.exact import Exact
-from tests.gpu.memory import LITTLE_MEMORY
 
 PROMPTS = [[1, 5, 9, 30], [7], list(range(3, 90))]
 
@@ -26,23 +25,8 @@ pytestmark = [
 ]
 
 
-def completions(llm: Any) -> dict[str, Any]:
-    return {"completions": generate(llm, PROMPTS, 16)}
-
-
-def completions_of(directory: Path, checkpoint: Path, backend: str) -> list[dict[str, Any]]:
-    outcome = run_engine(
-        completions,
-        directory,
-        model=str(checkpoint),
-        quantization="qwantize",
-        additional_config={"qwantize": {"backend": backend}},
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        **LITTLE_MEMORY,
-    )
-    assert outcome.exit_code == 0, outcome.log[-5000:]
-    return outcome.result["completions"]
+def completions(llm: Any) -> list[dict[str, Any]]:
+    return generate(llm, PROMPTS, 16)
 
 
 def test_backends_answer_alike(tmp_path: Path) -> None:
@@ -50,7 +34,8 @@ def test_backends_answer_alike(tmp_path: Path) -> None:
     what two log-probabilities are off, of which the largest of some fifty is met."""
     checkpoint = write_tiny(tmp_path / "tiny", num_hidden_layers=3)
     answers = {
-        backend: completions_of(tmp_path / backend, checkpoint, backend) for backend in ("auto", "marlin", "humming")
+        backend: result_of(completions, tmp_path / backend, checkpoint, {"backend": backend})
+        for backend in ("auto", "marlin", "humming")
     }
     exact = Exact(write_dequantized(checkpoint, quantize_checkpoint(checkpoint), tmp_path / "exact", torch.float32))
     distances = {backend: exact.distance(each) for backend, each in answers.items()}

@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from tests.e2e.checkpoints import quantize_checkpoint, write_dequantized, write_tiny
-from tests.e2e.engine import run_engine
 from tests.e2e.probe import generate
+from tests.gpu.engine import result_of
 from tests.gpu.exact import Exact
-from tests.gpu.memory import LITTLE_MEMORY
 from tests.matmul.test_wgmma import hopper
 
 PROMPTS = [[1, 5, 9, 30], [7], list(range(3, 90))]
@@ -49,26 +48,14 @@ def one_after_the_other(llm: Any) -> dict[str, Any]:
     return {"completions": [generate(llm, [prompt], 12)[0] for prompt in PROMPTS], "launched": while_captured}
 
 
-def outcome_of(directory: Path, checkpoint: Path, fuse_norms: bool) -> dict[str, Any]:
-    outcome = run_engine(
-        one_after_the_other,
-        directory,
-        before=count_launches,
-        model=str(checkpoint),
-        quantization="qwantize",
-        additional_config={"qwantize": {"fuse_norms": fuse_norms}},
-        skip_tokenizer_init=True,
-        enforce_eager=False,
-        **LITTLE_MEMORY,
-    )
-    assert outcome.exit_code == 0, outcome.log[-5000:]
-    return outcome.result
-
-
 def test_an_engine_is_as_exact_with_norms_in_products(tmp_path: Path) -> None:
     """Sums of bfloat16 products are rounded elsewhere: both engines are held against float32."""
     checkpoint = write_tiny(tmp_path / "tiny", num_hidden_layers=LAYERS)
-    fused, steps = (outcome_of(tmp_path / str(on), checkpoint, on) for on in (True, False))
+    watched = {"before": count_launches, "enforce_eager": False}
+    fused, steps = (
+        result_of(one_after_the_other, tmp_path / str(on), checkpoint, {"fuse_norms": on}, **watched)
+        for on in (True, False)
+    )
     # Each at least once: with a gate for one token and for two, without for one (tile_shapes.py). The first qkv follows
     # a norm without a sum.
     assert fused["launched"].get((True, True), 0) >= 2 * LAYERS

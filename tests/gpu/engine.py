@@ -1,0 +1,30 @@
+"""Engines of the plugin on a GPU, beside which other tests may use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.engine import run_engine
+
+# With the size of the KV cache given, vLLM does not ask how much memory is left.
+_LITTLE_MEMORY = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**28}
+
+
+def result_of(
+    use: Callable[[Any], Any], directory: Path, checkpoint: Path, settings: dict[str, Any], **more: Any
+) -> Any:
+    """What `use` returned of an engine with these settings of qwantize; more: arguments of `run_engine`."""
+    outcome = run_engine(
+        use,
+        directory,
+        model=str(checkpoint),
+        quantization="qwantize",
+        additional_config={"qwantize": settings},
+        skip_tokenizer_init=True,
+        **_LITTLE_MEMORY,
+        **more,
+    )
+    assert outcome.exit_code == 0, outcome.log[-5000:]
+    return outcome.result
