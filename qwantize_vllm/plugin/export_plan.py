@@ -29,6 +29,7 @@ from qwantize_vllm.plugin.unstacked import Unstacked, unstacked_name, why_not_un
 logger = init_logger(f"vllm.{__name__}")
 
 _ORDER = {"q": 0, "k": 1, "v": 2, "w1": 0, "w3": 1, "w2": 0}  # vLLM's names for the parts of a fused weight
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # what vLLM asks for in experts that lie stacked
 _NOT_AS_IT_LIES = "vLLM does not load its weights as they lie in the checkpoint"
 _SEVERAL_PARTS = "one of its tensors in the checkpoint is several parts of its fused weight"
 _CALLED_OTHERWISE = "its tensors are called otherwise than .weight, or are another layer's too"
@@ -232,14 +233,18 @@ def _expert(method: QwantizeMoEMethod, name: str, expert: int, weight: torch.Ten
 def _ignore(plan: Plan, built: MetaModel, source: Checkpoint) -> list[str]:
     """Modules with a matrix for a weight that are not quantized, by the checkpoint's names; a tied head too.
 
-    Experts may be in the checkpoint otherwise than one by one; what reads the config asks for them one by one.
+    Experts may be in the checkpoint otherwise than one by one; what reads the config asks for them one by one. A draft
+    model's, which the model does not have, are known by the names of their tensors alone.
     """
     quantized = {member.tensor for weight in plan.weights for member in weight.members}
+    copied = {name: info.shape for name, info in source.tensors.items() if name not in quantized}
     left = [
-        name.removesuffix(".weight")
-        for name, info in source.tensors.items()
-        if name.endswith(".weight") and len(info.shape) == 2 and name not in quantized
+        name.removesuffix(".weight") for name, shape in copied.items() if name.endswith(".weight") and len(shape) == 2
     ]
+    for name, shape in copied.items():
+        at, experts, _ = name.rpartition(".experts.")
+        if experts and len(shape) == 3:
+            left += [f"{at}.experts.{expert}.{projection}" for expert in range(shape[0]) for projection in _PROJECTIONS]
     for path, layer in built.experts.items():
         if built.name(path) in plan.left:
             left += expert_members(layer, built.name(path))

@@ -69,8 +69,10 @@ def noted_loads(built: MetaModel, tensors: Iterable[Described]) -> dict[tuple[st
         return True
 
     for path, module in built.model.named_modules():
-        notes = note_expert if isinstance(module, RoutedExperts) else note_linear
         for name, param in module.named_parameters(recurse=False):
+            # Beside weights a layer of experts may hold the router's bias, which is loaded as any other parameter.
+            of_experts = isinstance(module, RoutedExperts) and name.startswith(("w13_", "w2_"))
+            notes = note_expert if of_experts else note_linear
             param.weight_loader = functools.partial(notes, (path, name))
 
     def hand_out() -> Iterator[tuple[str, torch.Tensor]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import math
 import time
 import weakref
@@ -19,15 +21,46 @@ logger = init_logger(f"vllm.{__name__}")
 _Energy = float | torch.Tensor
 
 
+@dataclasses.dataclass(eq=False)
+class _Model:
+    """Names of the layers of a model that are going to be quantized, and the layers that stay as they are."""
+
+    expected: set[str] = dataclasses.field(default_factory=set)
+    left: dict[tuple[str, int], tuple[weakref.ref[torch.nn.Module], str]] = dataclasses.field(default_factory=dict)
+    is_loaded: bool = False
+
+    @functools.cached_property
+    def left_layers(self) -> tuple[int, str]:
+        """Bytes of the layers left, a tied weight counted once, and how many by reason.
+
+        Counted at the first summary: later vLLM may have packed their weights, or put them on the meta device.
+        """
+        storages: dict[int, int] = {}
+        reasons: Counter[str] = Counter()
+        for reference, reason in self.left.values():
+            layer = reference()
+            parameters = list(layer.parameters(recurse=False)) if layer is not None else []
+            if not any(parameter.numel() for parameter in parameters):
+                continue  # attention and its kin are asked about too, and hold no weight
+            reasons[reason] += 1
+            storages |= {parameter.data_ptr(): parameter.nbytes for parameter in parameters}
+        counted = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
+        return sum(storages.values()), f"{sum(reasons.values())} left ({counted})"
+
+
 class LoadReport:
-    """Collects while layers are built and quantized; logs one summary when the last one is done."""
+    """Collects while layers are built and quantized; logs one summary when the last one of a model is done.
+
+    A model's own draft model (layers for multi-token prediction) comes with the same settings, and is built when the
+    model is loaded.
+    """
 
     def __init__(self, settings: QwantizeSettings, packed: str | None = None) -> None:
         """packed: the format of a checkpoint whose weights are NVFP4 already; nothing is lost then."""
         self.settings, self.packed = settings, packed
-        self._expected: set[str] = set()
+        self._models = [_Model()]
+        self._loading = self._models[0]
         self._quantized: dict[str, tuple[_Energy, _Energy]] = {}  # signal and noise
-        self._left: dict[tuple[str, int], tuple[weakref.ref[torch.nn.Module], str]] = {}
         self._ignored: list[str] = []
         self._without_hessian: list[str] = []
         self._from_cache = 0
@@ -36,7 +69,7 @@ class LoadReport:
 
     def expect(self, name: str) -> None:
         """A layer that is going to be quantized has been built."""
-        self._expected.add(name)
+        self._building().expected.add(name)
 
     def without_hessian(self, name: str) -> None:
         """The Hessian file does not have a layer, which is searched by `optimal` instead."""
@@ -49,7 +82,7 @@ class LoadReport:
     def leave(self, name: str, layer: torch.nn.Module, reason: str, ignored: list[str] | None = None) -> None:
         """A layer stays as it is; ignored: the names by which the settings reached it."""
         # Not by name alone: vLLM builds layers, the embeddings of Llama among them, without one.
-        self._left[name, id(layer)] = (weakref.ref(layer), reason)
+        self._building().left[name, id(layer)] = (weakref.ref(layer), reason)
         self._ignored += ignored or []
 
     def quantized(self, name: str, before: int, after: int, signal: _Energy, noise: _Energy, began: float) -> None:
@@ -57,13 +90,16 @@ class LoadReport:
 
         Energies that are tensors () are looked at when the last layer is done: a GPU is not waited for until then.
         """
-        if name in self._quantized:  # a pass before this one broke off
+        model = next((each for each in self._models if name in each.expected), self._loading)
+        if name in self._quantized or model is not self._loading:  # a pass before this one broke off
             self._start_over()
+        self._loading = model
         self._quantized[name] = signal, noise
         self._bytes_before += before
         self._bytes_after += after
         self._seconds += time.perf_counter() - began
-        if self._quantized.keys() >= self._expected:
+        if self._quantized.keys() >= model.expected:
+            model.is_loaded = True
             self._wait_for_energies()
             logger.info("%s", self.summary())
             if self._without_hessian:
@@ -76,6 +112,12 @@ class LoadReport:
             for pattern in self.unused_patterns():
                 logger.warning("qwantize: ignore pattern %r named no layer of this model", pattern)
             self._start_over()  # weights may be reloaded later
+
+    def _building(self) -> _Model:
+        """The model whose layers are being built."""
+        if self._models[-1].is_loaded:
+            self._models.append(_Model())
+        return self._models[-1]
 
     def _wait_for_energies(self) -> None:
         began = time.perf_counter()
@@ -91,7 +133,7 @@ class LoadReport:
 
         The seconds are those that loading waited; what a GPU does while the next layer is read is not in them.
         """
-        left_bytes, left = self._left_layers
+        left_bytes, left = self._loading.left_layers
         snr = [10 * math.log10(signal / noise) for signal, noise in self._quantized.values() if noise]
         mean = f"{sum(snr) / len(snr):.2f} dB" if snr else "infinite"
         if self.packed:
@@ -115,27 +157,10 @@ class LoadReport:
         refine = self.settings.refine
         return self.settings.scale_search if refine == "none" else f"{self.settings.scale_search} + {refine}"
 
-    @functools.cached_property
-    def _left_layers(self) -> tuple[int, str]:
-        """Bytes of the layers left, a tied weight counted once, and how many by reason.
-
-        Counted at the first summary: later vLLM may have packed their weights, or put them on the meta device.
-        """
-        storages: dict[int, int] = {}
-        reasons: Counter[str] = Counter()
-        for reference, reason in self._left.values():
-            layer = reference()
-            parameters = list(layer.parameters(recurse=False)) if layer is not None else []
-            if not any(parameter.numel() for parameter in parameters):
-                continue  # attention and its kin are asked about too, and hold no weight
-            reasons[reason] += 1
-            storages |= {parameter.data_ptr(): parameter.nbytes for parameter in parameters}
-        counted = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
-        return sum(storages.values()), f"{sum(reasons.values())} left ({counted})"
-
     def reason(self, layer: torch.nn.Module) -> str | None:
         """Why a layer stays as it is; None where nothing was said of it."""
-        return next((reason for (_, key), (_, reason) in self._left.items() if key == id(layer)), None)
+        left = itertools.chain(*(model.left.items() for model in self._models))
+        return next((reason for (_, key), (_, reason) in left if key == id(layer)), None)
 
     def unused_patterns(self) -> list[str]:
         """Of `ignore`, those that have named no layer so far."""

@@ -41,10 +41,16 @@ def assert_serves(tensors: Mapping[str, torch.Tensor], layer: str, expected: Nvf
     assert torch.equal(held["weight"], expected.codes), layer
 
 
-def largest_difference(a: list[list[float]], b: list[list[float]]) -> float:
-    """Between two lists of log-probabilities of the same sequences."""
+def assert_scores_agree(a: list[list[float]], b: list[list[float]], tolerance: float) -> None:
+    """Two lists of log-probabilities of the same sequences; names every token where they do not agree."""
     assert [len(scores) for scores in a] == [len(scores) for scores in b]
-    return max(abs(x - y) for xs, ys in zip(a, b, strict=True) for x, y in zip(xs, ys, strict=True))
+    apart = [
+        f"sequence {sequence}, token {token}: {x} and {y}"
+        for sequence, pairs in enumerate(map(zip, a, b))
+        for token, (x, y) in enumerate(pairs, 1)
+        if not abs(x - y) <= tolerance
+    ]
+    assert not apart, f"{len(apart)} of {sum(map(len, a))} differ by more than {tolerance}:\n" + "\n".join(apart)
 
 
 def token_ids(outcome: Outcome) -> list[list[int]]:
@@ -59,7 +65,7 @@ def sequences_of(outcome: Outcome) -> list[list[int]]:
 
 def assert_agree(ours: Outcome, theirs: Outcome, tolerance: float) -> None:
     """`theirs` scored `sequences_of(ours)`; both give the same tokens and first tokens the same probabilities."""
-    assert largest_difference(ours.result["own_scores"], theirs.result["scores"]) <= tolerance
+    assert_scores_agree(ours.result["own_scores"], theirs.result["scores"], tolerance)
     for ours_first, theirs_first in zip(_first_steps(ours), _first_steps(theirs), strict=True):
         assert_as_likely(ours_first, theirs_first, tolerance)
 

@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts of random weights, as Mixtral, Qwen3-MoE and DeepSeek-V2 have them."""
+"""Tiny mixtures of experts of random weights, as Mixtral, Qwen3-MoE, DeepSeek-V2 and GLM-4.5 have them."""
 
 from __future__ import annotations
 
@@ -76,11 +76,33 @@ DEEPSEEK = {
     "norm_topk_prob": False,
     "routed_scaling_factor": 1.0,
 }
+# As DeepSeek-V3 it has a bias in its router.
+GLM4 = {
+    **_COMMON,
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "intermediate_size": 2 * INNER,
+    "moe_intermediate_size": INNER,
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+    "num_key_value_heads": 2,
+    "head_dim": HEAD,
+    "use_qk_norm": False,
+    "attention_bias": False,
+    "partial_rotary_factor": 0.5,
+    "norm_topk_prob": True,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+}
 # What each calls its mixture, and the gate, up and down of an expert.
 NAMES = {
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
     "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
     "deepseek_v2": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    "glm4_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
 }
 
 

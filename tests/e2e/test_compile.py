@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from .compare import largest_difference, sequences_of
+from .compare import assert_scores_agree, sequences_of
 from .conftest import TINY_PROMPTS
 from .probe import probe
 
@@ -29,4 +29,4 @@ def test_compiled_graph_holds_one_op_a_layer(engines, tiny, tmp_path):
     generated = [file.read_text() for file in tmp_path.rglob("inductor_cache/**/*.py")]
     (model,) = [code for code in generated if "qwantize" in code]
     assert model.count("= torch.ops.qwantize.matmul_nvfp4.default(") == 8
-    assert largest_difference(eager.result["own_scores"], compiled.result["scores"]) <= 1e-4
+    assert_scores_agree(eager.result["own_scores"], compiled.result["scores"], 1e-4)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from .compare import largest_difference
+from .compare import assert_scores_agree
 from .conftest import TINY_PROMPTS
 from .probe import probe
 
@@ -91,4 +91,4 @@ def test_the_norms_and_gates_of_a_llama_are_found(engines, tiny, tmp_path):
     # The first qkv follows a norm without a sum.
     assert outcomes[0].result["fused"] == {"gated": LAYERS, "plain": LAYERS - 1}
     assert outcomes[1].result["fused"] == {}
-    assert largest_difference(*(outcome.result["own_scores"] for outcome in outcomes)) <= 0.1
+    assert_scores_agree(*(outcome.result["own_scores"] for outcome in outcomes), 0.1)

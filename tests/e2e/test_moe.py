@@ -14,7 +14,7 @@ import torch
 from qwantize_vllm.hessian import HessianFile
 
 from .checkpoints import quantize_checkpoint, write_byte_tokenizer
-from .compare import assert_agree, assert_serves, largest_difference, sequences_of, served_layers, tensors_of
+from .compare import assert_agree, assert_scores_agree, assert_serves, sequences_of, served_layers, tensors_of
 from .conftest import TINY_PROMPTS
 from .moe_checkpoints import DEEPSEEK, EXPERTS, HIDDEN, INNER, MIXTRAL, QWEN3, mixture_layers, stacked, write_moe
 from .probe import probe
@@ -127,7 +127,7 @@ def test_two_ranks_hold_the_codes_of_one(engines, tmp_path, expert_parallel):
     ranks = [tensors_of(two, rank) for rank in range(2)]
     for mixture in mixture_layers(MIXTRAL):
         assert_ranks_hold_experts(mixture, tensors_of(one), ranks, expert_parallel)
-    assert largest_difference(one.result["own_scores"], two.result["scores"]) <= 1e-4
+    assert_scores_agree(one.result["own_scores"], two.result["scores"], 1e-4)
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
@@ -140,7 +140,7 @@ def test_compiled_graph_holds_one_op_for_all_experts_of_a_layer(engines, tmp_pat
     generated = [file.read_text() for file in tmp_path.rglob("inductor_cache/**/*.py")]
     (model,) = [code for code in generated if "qwantize" in code]
     assert model.count("= torch.ops.qwantize.experts.default(") == len(mixture_layers(QWEN3))
-    assert largest_difference(eager.result["own_scores"], compiled.result["scores"]) <= 1e-4
+    assert_scores_agree(eager.result["own_scores"], compiled.result["scores"], 1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "deepseek"])

@@ -14,8 +14,8 @@ import torch
 from .checkpoints import quantize_checkpoint, write_byte_tokenizer, write_tiny
 from .compare import (
     assert_agree,
+    assert_scores_agree,
     assert_serves,
-    largest_difference,
     sequences_of,
     served_layers,
     tensors_of,
@@ -50,7 +50,7 @@ def test_stages_of_a_pipeline_hold_their_layers_and_say_together_what_one_does(e
     summaries = two.lines("qwantize summary: 4 layers quantized")
     assert len(summaries) == 2
     assert token_ids(two) == token_ids(one)
-    assert largest_difference(one.result["own_scores"], two.result["scores"]) <= 1e-4
+    assert_scores_agree(one.result["own_scores"], two.result["scores"], 1e-4)
 
 
 def test_a_shard_that_blocks_do_not_divide_is_left_on_every_rank(engines, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from qwantize_vllm import Nvfp4Tensor
 
 from .checkpoints import quantize_checkpoint
-from .compare import assert_as_likely, assert_serves, largest_difference, served_layers, tensors_of
+from .compare import assert_as_likely, assert_scores_agree, assert_serves, served_layers, tensors_of
 from .conftest import Engines
 from .engine import Outcome
 from .probe import probe
@@ -99,7 +99,7 @@ def test_greedy_output_is_that_of_the_dequantized_checkpoint(quantized_float32, 
 def test_the_same_text_is_as_likely_to_the_dequantized_checkpoint(quantized_float32, exact, prompt):
     """Many tokens at once, in float32."""
     scores = [quantized_float32.result["own_scores"][prompt]], [exact.result["own_scores"][prompt]]
-    assert largest_difference(*scores) <= EXACT_TOLERANCE
+    assert_scores_agree(*scores, EXACT_TOLERANCE)
 
 
 def test_many_tokens_at_once_are_as_close_to_float32_as_by_dense_bfloat16_layers(quantized, dequantized, exact):

@@ -15,7 +15,7 @@ import torch
 from qwantize_vllm.hessian import HessianFile, save_hessians
 
 from .checkpoints import random_hessians, write_byte_tokenizer, write_tiny
-from .compare import largest_difference, sequences_of, served_layers, tensors_of
+from .compare import assert_scores_agree, sequences_of, served_layers, tensors_of
 from .conftest import TINY_PROMPTS
 from .moe_checkpoints import MIXTRAL, write_moe
 from .probe import probe
@@ -84,7 +84,7 @@ def test_two_ranks_hold_the_codes_of_one(engines, tiny, tmp_path, search):
     assert served_layers(one) == served_layers(two)
     for layer in served_layers(one):
         assert_ranks_hold(layer, tensors_of(one), ranks)
-    assert largest_difference(one.result["own_scores"], two.result["scores"]) <= 1e-4
+    assert_scores_agree(one.result["own_scores"], two.result["scores"], 1e-4)
 
 
 def test_nan_on_one_rank_ends_all(engines, broken):

@@ -14,7 +14,7 @@ from qwantize_vllm.checkpoint import LAYOUTS, Checkpoint
 from qwantize_vllm.checkpoint.export import ExportLayer
 from qwantize_vllm.checkpoint.members import Member, Part
 from qwantize_vllm.plugin import unstacked
-from qwantize_vllm.plugin.export_plan import _in_order, _Weight, _why_left
+from qwantize_vllm.plugin.export_plan import Plan, _ignore, _in_order, _Weight, _why_left
 from qwantize_vllm.plugin.noted_loads import Load
 from qwantize_vllm.plugin.unstacked import Unstacked, unstacked_name, why_not_unstacked, written
 
@@ -88,6 +88,23 @@ def test_a_tensor_that_is_several_parts_keeps_its_layer(source):
     weight = weight_of(loads, (128, 64))
     assert [member.name for member in weight.members] == ["qkv", "z"]
     assert "is several parts" in _why_left([weight], source, set(), None)
+
+
+def test_stacked_experts_of_a_draft_model_are_ignored_one_by_one(tmp_path):
+    """As in mtp.layers of Qwen3.5: the model has no such layer, but a draft model may be served with the export."""
+    at = {layer: f"{layer}.mlp.experts" for layer in ("model.layers.0", "mtp.layers.0")}
+    tensors = {f"{each}.gate_up_proj": torch.zeros(2, 64, 32) for each in at.values()}
+    tensors |= {f"{each}.down_proj": torch.zeros(2, 32, 32) for each in at.values()}
+    save_file({**tensors, "conv1d.weight": torch.zeros(8, 1, 4)}, tmp_path / "model.safetensors")
+    members = tuple(
+        Member(f"{at['model.layers.0']}.{expert}.{name}", f"{at['model.layers.0']}.{name}", Part(expert, 0, 32, False))
+        for expert in range(2)
+        for name in ("gate_up_proj", "down_proj")
+    )
+    plan = Plan([ExportLayer("all", members)], {}, [], {}, [], [])
+    projections = [f"{expert}.{name}_proj" for expert in range(2) for name in ("gate", "up", "down")]
+    ignored = _ignore(plan, types.SimpleNamespace(experts={}), Checkpoint(tmp_path))
+    assert ignored == ["lm_head", *(f"{at['mtp.layers.0']}.{each}" for each in projections)]
 
 
 @pytest.fixture

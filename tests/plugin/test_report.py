@@ -63,6 +63,25 @@ def test_a_reload_is_summed_up_anew(lines):
     assert "quantized layers 1.000 -> 0.250" in lines[1][1]
 
 
+def test_a_draft_model_is_summed_up_alone(lines):
+    report, embedding = LoadReport(QwantizeSettings()), torch.nn.Embedding(2**13, 2**14, dtype=torch.bfloat16)
+    report.leave("embed_tokens", embedding, "embedding or head")
+    report.expect("a"), report.expect("b")
+    finish(report, "a"), finish(report, "b")
+    draft = torch.nn.Embedding(2**14, 2**14, dtype=torch.bfloat16)
+    report.leave("draft.embed_tokens", draft, "embedding or head")
+    report.expect("draft.a")
+    finish(report, "draft.a", 30.0)
+    finish(report, "a"), finish(report, "b")  # a reload, of the model alone
+    of_model, of_draft, again = (text for _, text in lines)
+    assert "2 layers quantized" in of_model
+    assert "1 layers quantized" in of_draft
+    assert "1 left (1 embedding or head); weights 1.500 -> 0.750 GiB" in of_draft
+    assert "signal-to-noise 30.00 dB" in of_draft
+    assert again.partition("; mean")[0] == of_model.partition("; mean")[0]
+    assert report.reason(draft) == report.reason(embedding) == "embedding or head"
+
+
 def test_a_reload_that_broke_off_is_not_counted(lines):
     report = LoadReport(QwantizeSettings())
     report.expect("a"), report.expect("b")
