@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qwantize_vllm import Nvfp4Tensor
 
@@ -97,6 +97,7 @@ GLM4 = {
     "topk_group": 1,
     "routed_scaling_factor": 1.0,
 }
+DRAFT = f"model.layers.{LAYERS}"  # its layer for multi-token prediction
 # What each calls its mixture, and the gate, up and down of an expert.
 NAMES = {
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
@@ -120,6 +121,24 @@ def write_moe(path: Path, config: Mapping[str, Any], seed: int = 0) -> Path:
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
     save_file(_random_weights(config, seed), path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def write_glm(path: Path) -> Path:
+    """GLM4 and its draft layer, which is the model's last one again, behind what puts its inputs together."""
+    write_moe(path, GLM4)
+    tensors = load_file(path / "model.safetensors")
+    for layer in range(GLM4["first_k_dense_replace"], LAYERS):
+        tensors[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"] = torch.zeros(EXPERTS)
+    last = f"model.layers.{LAYERS - 1}."
+    again = {name: tensor for name, tensor in tensors.items() if name.startswith(last)}
+    tensors |= {name.replace(last, f"{DRAFT}."): tensor.clone() for name, tensor in again.items()}
+    for norm in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"{DRAFT}.{norm}.weight"] = torch.ones(HIDDEN).bfloat16()
+    tensors[f"{DRAFT}.eh_proj.weight"] = torch.cat([torch.zeros(HIDDEN, HIDDEN), torch.eye(HIDDEN)], 1).bfloat16()
+    tensors[f"{DRAFT}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors[f"{DRAFT}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 

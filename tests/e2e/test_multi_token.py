@@ -11,41 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from .checkpoints import quantize_checkpoint
 from .compare import assert_scores_agree, assert_serves, token_ids
 from .conftest import TINY_PROMPTS, Engines
 from .engine import Outcome, in_forked_process
-from .moe_checkpoints import EXPERTS, GLM4, HIDDEN, LAYERS, stacked, write_moe
+from .moe_checkpoints import DRAFT, GLM4, LAYERS, stacked, write_glm
 from .probe import describe_model, probe
 from .test_export import export_each
 from .test_moe import assert_serves_experts
 
 pytestmark = pytest.mark.e2e
 
-DRAFT = f"model.layers.{LAYERS}"
 ARGUMENTS = {"dtype": "float32", "disable_log_stats": False}
 SPECULATE = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
 TOKENS = 24
-
-
-def write_glm(path: Path) -> Path:
-    """A model and its draft layer, which is the model's last one again, behind what puts its inputs together."""
-    write_moe(path, GLM4)
-    tensors = load_file(path / "model.safetensors")
-    for layer in range(GLM4["first_k_dense_replace"], LAYERS):
-        tensors[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"] = torch.zeros(EXPERTS)
-    last = f"model.layers.{LAYERS - 1}."
-    again = {name: tensor for name, tensor in tensors.items() if name.startswith(last)}
-    tensors |= {name.replace(last, f"{DRAFT}."): tensor.clone() for name, tensor in again.items()}
-    for norm in ("enorm", "hnorm", "shared_head.norm"):
-        tensors[f"{DRAFT}.{norm}.weight"] = torch.ones(HIDDEN).bfloat16()
-    tensors[f"{DRAFT}.eh_proj.weight"] = torch.cat([torch.zeros(HIDDEN, HIDDEN), torch.eye(HIDDEN)], 1).bfloat16()
-    tensors[f"{DRAFT}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-    tensors[f"{DRAFT}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    return path
 
 
 def describe_draft(worker: Any) -> dict[str, Any]:

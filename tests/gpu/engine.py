@@ -6,16 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.engine import run_engine
+from tests.e2e.engine import Outcome, run_engine
 
 # With the size of the KV cache given, vLLM does not ask how much memory is left.
 _LITTLE_MEMORY = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**28}
 
 
-def result_of(
+def start(
     use: Callable[[Any], Any], directory: Path, checkpoint: Path, settings: dict[str, Any], **more: Any
-) -> Any:
-    """What `use` returned of an engine with these settings of qwantize; more: arguments of `run_engine`."""
+) -> Outcome:
+    """An engine with these settings of qwantize, once it has ended; more: arguments of `run_engine`."""
     outcome = run_engine(
         use,
         directory,
@@ -27,4 +27,9 @@ def result_of(
         **more,
     )
     assert outcome.exit_code == 0, outcome.log[-5000:]
-    return outcome.result
+    return outcome
+
+
+def result_of(*args: Any, **more: Any) -> Any:
+    """What `use` returned; arguments as `start`."""
+    return start(*args, **more).result
