@@ -1,7 +1,8 @@
 """Compile every kernel for an NVIDIA architecture, down to machine code; needs no GPU.
 
-    python -m tests.compile_kernels 90
+    python -m tests.compile_kernels 90 [every]
 
+`every` combination of types and constants that a launcher makes; without it each type and constant at least once.
 A program of its own because TRITON_INTERPRET, which the tests set, must be unset when triton is imported.
 """
 
@@ -11,7 +12,7 @@ import itertools
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,26 @@ from qwantize_vllm.search.triton_quality import _quality_kernel
 from qwantize_vllm.search.triton_sse import _search_sse_kernel
 from tests.wgmma_hazards import disassemble, hazards
 
-INPUTS, HALVES = ("*bf16", "*fp16", "*fp32"), ("*bf16", "*fp16")
+INPUTS, HALVES, BLOCKS = ("*bf16", "*fp16", "*fp32"), ("*bf16", "*fp16"), (16, 32)
 
 
-def variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """(kernel, types of its pointers, values of its constants), every combination that a launcher makes."""
+def combined(every: bool, *axes: Sequence[Any]) -> Iterable[tuple[Any, ...]]:
+    """All combinations of a value of each axis; or so many that each value is there, the first of all together."""
+    if every:
+        return itertools.product(*axes)
+    return itertools.islice(zip(*map(itertools.cycle, axes), strict=False), max(map(len, axes)))
+
+
+def variants(capability: int, every: bool) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """(kernel, types of its pointers, values of its constants)."""
     packed = {"codes_ptr": "*i32", "scales_ptr": "*u8", "global_scale_ptr": "*fp32"}
-    for dtype, block in itertools.product(INPUTS, (16, 32)):
+    searched = ((True, True), (True, False), (False, True), (False, False))
+    for dtype, block, (optimal, whole) in combined(every, INPUTS, BLOCKS, searched):
+        shape = {"TILE": 32, "TILES": 1 if optimal else 4}
+        flags = {"OPTIMAL": optimal, "WHOLE": whole}
+        yield _search_sse_kernel, {"weight_ptr": dtype, **packed}, {"BLOCK_SIZE": block, **shape, **flags}
+    for dtype, block in combined(every, INPUTS, BLOCKS):
         weight = {"weight_ptr": dtype, **packed}
-        for optimal, whole in itertools.product((False, True), repeat=2):
-            shape = {"TILE": 32, "TILES": 1 if optimal else 4}
-            yield _search_sse_kernel, weight, {"BLOCK_SIZE": block, **shape, "OPTIMAL": optimal, "WHOLE": whole}
         prepared = {**weight, "form_ptr": "*fp32", "bound_ptr": "*fp32"}
         yield _search_hessian_kernel, prepared, {"BLOCK_SIZE": block, "TILE": 32, "TILES": 4, "SHARED": True}
         refined = {**weight, "form_ptr": "*fp32"}
@@ -72,7 +82,7 @@ def variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, A
         read = {"codes_ptr": "*u8", "scales_ptr": "*u8", "global_scale_ptr": "*fp32"}
         yield _dequantize_kernel, {**read, "out_ptr": dtype}, {"ROWS": 4, "BYTES": 256, "BLOCK_BYTES": block // 2}
     yield _words_kernel, {"codes_ptr": "*u8", "words_ptr": "*i32"}, {"TILES": 8}
-    for block in (16, 32):
+    for block in BLOCKS:
         yield _scales_kernel, {"block_scales_ptr": "*u8", "scales_ptr": "*u8"}, {"ROW": 256 // block, "TILE": 2048}
         read = {"words_ptr": "*i16", "scales_ptr": "*i32" if block == 16 else "*i16", "global_scale_ptr": "*fp32"}
         for dtype in INPUTS:
@@ -81,19 +91,21 @@ def variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, A
                 {**read, "out_ptr": dtype},
                 {"BLOCK_SIZE": block, "STEPS": 4, "PTX": dtype != "*fp32"},
             )
-        rules = RULES.get(capability // 10, ELSEWHERE)
-        for shape in dict.fromkeys([*(rule.shape for rule in rules if isinstance(rule.shape, TileShape)), ANY_TOKENS]):
-            dtype = HALVES[block // 16 - 1]
-            x = {"x_ptr": dtype, "y_ptr": dtype, "bias_ptr": dtype, "partial_ptr": "*fp32", "arrived_ptr": "*i32"}
-            tile = {"TILE_M": shape.tokens, "GROUPS": shape.groups, "STEPS": shape.steps, "STAGES": shape.stages}
-            flags = {"BLOCK_SIZE": block, "WHOLE_K": False, "HAS_BIAS": True, "PTX": True}
-            yield _swizzled_kernel, {**x, **read}, {**tile, **flags}
         yield (
             _prepare_hessian_kernel,
             {"hessian_ptr": "*fp32", "form_ptr": "*fp32", "weight_ptr": "*fp32"},
             {"SIZE": block},
         )
-    for dtype, block, tile_m in itertools.product(HALVES, (16, 32), (16, 32, 64)):
+    rules = RULES.get(capability // 10, ELSEWHERE)
+    shapes = [rule.shape for rule in rules if isinstance(rule.shape, TileShape)]
+    for shape, block in combined(every, list(dict.fromkeys([*shapes, ANY_TOKENS])), BLOCKS):
+        dtype = HALVES[block // 16 - 1]
+        x = {"x_ptr": dtype, "y_ptr": dtype, "bias_ptr": dtype, "partial_ptr": "*fp32", "arrived_ptr": "*i32"}
+        read = {"words_ptr": "*i16", "scales_ptr": "*i32" if block == 16 else "*i16", "global_scale_ptr": "*fp32"}
+        tile = {"TILE_M": shape.tokens, "GROUPS": shape.groups, "STEPS": shape.steps, "STAGES": shape.stages}
+        flags = {"BLOCK_SIZE": block, "WHOLE_K": False, "HAS_BIAS": True, "PTX": True}
+        yield _swizzled_kernel, {**x, **read}, {**tile, **flags}
+    for dtype, block, tile_m in combined(every, HALVES, BLOCKS, (16, 32, 64)):
         pointers = {"x_ptr": dtype, "codes_ptr": "*u8", "scales_ptr": "*u8", "partial_ptr": "*fp32"}
         tiles = {"TILE_M": tile_m, "TILE_N": 64, "TILE_K": 256}
         yield _fused_kernel, pointers, {"BLOCK_SIZE": block, "DOT_DTYPE": None, **tiles}
@@ -172,12 +184,12 @@ def normed_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
         yield _decode_kernel, pointers, {**tile, **flags, "bias_ptr": None}
 
 
-def wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+def wgmma_variants(every: bool) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """Those of Hopper's own kernel: its types are those of tensor descriptors."""
     from qwantize_vllm.matmul.gluon_pipeline import FLAT_LAYOUTS, X_LAYOUT
     from qwantize_vllm.matmul.gluon_wgmma import _wgmma_kernel
 
-    for shape, (dtype, block) in itertools.product(STEPS, (("bf16", 16), ("fp16", 32))):
+    for shape, (dtype, block) in combined(every, STEPS, (("bf16", 16), ("fp16", 32))):
         scales = torch.int32 if block == 16 else torch.int16
         x = f"tensordesc<{dtype}[{shape.tokens}, 64],{X_LAYOUT!r}>"
         types = {
@@ -216,9 +228,10 @@ def grouped_wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, An
         yield _grouped_wgmma_kernel, types, {**names, **stages, "BLOCK_SIZE": block, "num_warps": 4}
 
 
-def compile_all(capability: int) -> None:
-    hopper = wgmma_variants() if capability == 90 else ()
-    for kernel, pointers, constants in itertools.chain(variants(capability), expert_variants(capability), hopper):
+def compile_all(capability: int, every: bool) -> None:
+    hopper = wgmma_variants(every) if capability == 90 else ()
+    everywhere = variants(capability, every), expert_variants(capability)
+    for kernel, pointers, constants in itertools.chain(*everywhere, hopper):
         if "DEPENDENT" in kernel.arg_names:
             constants = {**constants, "DEPENDENT": capability >= 90}
         signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
@@ -259,4 +272,4 @@ def check_wait(kernel: Any, constants: dict[str, Any], code: str) -> None:
 
 
 if __name__ == "__main__":
-    compile_all(int(sys.argv[1]))
+    compile_all(int(sys.argv[1]), every=sys.argv[2:] == ["every"])

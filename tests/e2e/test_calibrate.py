@@ -41,6 +41,7 @@ def test_hessians_are_those_of_the_layers_inputs(smollm2, hessians):
     assert torch.equal(first, first.mT)
 
 
+@pytest.mark.slow
 def test_the_same_text_gives_the_same_bytes(smollm2, text, hessians, tmp_path):
     again = tmp_path / "again.safetensors"
     qwantize("calibrate", smollm2, "--text", text, "--num-tokens", "200", "--seq-len", "64", "--out", again)

@@ -93,7 +93,7 @@ def test_nan_on_one_rank_ends_all(engines, broken):
     assert "qwantize: model.layers.1.mlp.gate_up_proj: weight (256, 128) holds 3 NaN and 2 infinite elements" in log
 
 
-@pytest.fixture(params=["dense", pytest.param("experts", marks=pytest.mark.slow)])
+@pytest.fixture(params=["dense", "experts"])
 def reader(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A tiny model with a tokenizer."""
     path = tmp_path / "reader"
@@ -111,6 +111,7 @@ def calibrate(checkpoint: Path, ranks: int, env: dict[str, str] | None = None) -
     return HessianFile(out)
 
 
+@pytest.mark.slow
 def test_two_ranks_calibrate_as_one(reader):
     one = calibrate(reader, 1)
     two = calibrate(reader, 2, TWO_RANKS["env"])

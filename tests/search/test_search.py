@@ -77,8 +77,10 @@ def test_codes_of_weights_at_midpoints_and_beside_them(search, scale_search, glo
     assert torch.equal(unpack_codes(q.codes), wanted.flatten(-2))
 
 
-@pytest.mark.parametrize("block_size", [16, 32])
-@pytest.mark.parametrize("global_scale", ["amax", "none"])
+@pytest.mark.parametrize(
+    ("block_size", "global_scale"),
+    [(16, "amax"), (16, "none"), (32, "amax"), pytest.param(32, "none", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("kind", ["gaussian", "sparse", "outlier", "zero", "grid"])
 def test_hessian_reaches_the_least_output_error_on_every_block(search, block_size, global_scale, kind):
     weight = make_weight(kind, 37, 5 * block_size)
