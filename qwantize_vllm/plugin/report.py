@@ -23,9 +23,16 @@ _Energy = float | torch.Tensor
 
 @dataclasses.dataclass(eq=False)
 class _Model:
-    """Names of the layers of a model that are going to be quantized, and the layers that stay as they are."""
+    """Names of the layers of a model that are going to be quantized, and the layers that stay as they are.
+
+    Attributes:
+        expected: the former; without_hessian: those of them that the Hessian file does not have.
+        left: the latter by name and identity, with the reason.
+        is_loaded: whether all of the former have been quantized once.
+    """
 
     expected: set[str] = dataclasses.field(default_factory=set)
+    without_hessian: list[str] = dataclasses.field(default_factory=list)
     left: dict[tuple[str, int], tuple[weakref.ref[torch.nn.Module], str]] = dataclasses.field(default_factory=dict)
     is_loaded: bool = False
 
@@ -62,7 +69,6 @@ class LoadReport:
         self._loading = self._models[0]
         self._quantized: dict[str, tuple[_Energy, _Energy]] = {}  # signal and noise
         self._ignored: list[str] = []
-        self._without_hessian: list[str] = []
         self._from_cache = 0
         self._bytes_before = self._bytes_after = 0
         self._seconds = 0.0
@@ -73,7 +79,7 @@ class LoadReport:
 
     def without_hessian(self, name: str) -> None:
         """The Hessian file does not have a layer, which is searched by `optimal` instead."""
-        self._without_hessian.append(name)
+        self._building().without_hessian.append(name)
 
     def from_cache(self) -> None:
         """A layer was not searched, but read from cache_dir."""
@@ -91,8 +97,8 @@ class LoadReport:
         Energies that are tensors () are looked at when the last layer is done: a GPU is not waited for until then.
         """
         model = next((each for each in self._models if name in each.expected), self._loading)
-        if name in self._quantized or model is not self._loading:  # a pass before this one broke off
-            self._start_over()
+        if name in self._quantized or (self._quantized and model is not self._loading):
+            self._start_over()  # a pass before this one broke off
         self._loading = model
         self._quantized[name] = signal, noise
         self._bytes_before += before
@@ -102,12 +108,12 @@ class LoadReport:
             model.is_loaded = True
             self._wait_for_energies()
             logger.info("%s", self.summary())
-            if self._without_hessian:
+            if model.without_hessian:
                 logger.warning(
                     "qwantize: %s has no Hessian of %d layers, which were quantized by scale_search optimal: %s",
                     self.settings.hessian,
-                    len(self._without_hessian),
-                    ", ".join(self._without_hessian),
+                    len(model.without_hessian),
+                    ", ".join(model.without_hessian),
                 )
             for pattern in self.unused_patterns():
                 logger.warning("qwantize: ignore pattern %r named no layer of this model", pattern)

@@ -67,15 +67,18 @@ def test_a_draft_model_is_summed_up_alone(lines):
     report, embedding = LoadReport(QwantizeSettings()), torch.nn.Embedding(2**13, 2**14, dtype=torch.bfloat16)
     report.leave("embed_tokens", embedding, "embedding or head")
     report.expect("a"), report.expect("b")
+    report.without_hessian("b")
     finish(report, "a"), finish(report, "b")
     draft = torch.nn.Embedding(2**14, 2**14, dtype=torch.bfloat16)
     report.leave("draft.embed_tokens", draft, "embedding or head")
     report.expect("draft.a")
+    report.from_cache()
     finish(report, "draft.a", 30.0)
     finish(report, "a"), finish(report, "b")  # a reload, of the model alone
-    of_model, of_draft, again = (text for _, text in lines)
+    of_model, without, of_draft, again, _ = (text for _, text in lines)
+    assert without.endswith("has no Hessian of 1 layers, which were quantized by scale_search optimal: b")
     assert "2 layers quantized" in of_model
-    assert "1 layers quantized" in of_draft
+    assert "1 layers quantized to NVFP4 (optimal, blocks of 16, 1 of them from cache_dir)" in of_draft
     assert "1 left (1 embedding or head); weights 1.500 -> 0.750 GiB" in of_draft
     assert "signal-to-noise 30.00 dB" in of_draft
     assert again.partition("; mean")[0] == of_model.partition("; mean")[0]
