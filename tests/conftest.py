@@ -22,8 +22,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test first: with two files at a time it would be alone at the end."""
-    items.sort(key=lambda item: item.path.name != "test_kernels_compile.py")
+    """The longest files first: with two files at a time one of them would be alone at the end."""
+    longest = ("test_kernels_compile.py", "test_search.py")
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
