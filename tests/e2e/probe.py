@@ -55,6 +55,11 @@ def score(llm: Any, sequences: Sequence[list[int]]) -> list[list[float]]:
     ]
 
 
+def metrics_of(llm: Any) -> dict[str, Any]:
+    """vLLM's counters by name; None for what is not one number. Needs disable_log_stats=False."""
+    return {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+
+
 def describe_model(model: torch.nn.Module) -> dict[str, Any]:
     """tensors: what modules hold, by the module's name and its own, but the KV cache; settings: of qwantize."""
     tensors = {}

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from .checkpoints import write_byte_tokenizer, write_tiny
 from .compare import assert_scores_agree
 from .dequantized import dequantize_on_load
+from .probe import metrics_of
 
 pytestmark = pytest.mark.e2e
 
@@ -59,7 +60,7 @@ def described(outputs: list[Any]) -> dict[str, Any]:
 def one_by_one(llm: Any) -> dict[str, Any]:
     """The prompts one after the other, so that a later one finds an earlier one's blocks."""
     result = described([output for prompt in PROMPTS for output in generate(llm, [prompt])])
-    metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    metrics = metrics_of(llm)
     drafted = metrics.get("vllm:spec_decode_num_drafts"), metrics.get("vllm:spec_decode_num_accepted_tokens")
     return {**result, "drafts": drafted[0], "accepted": drafted[1], "dates": dates(llm)}
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e.engine import Outcome, run_engine
 
+# Tests of kernels run on GPU machines that have no vLLM.
+NEEDS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 # With the size of the KV cache given, vLLM does not ask how much memory is left.
 _LITTLE_MEMORY = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**28}
 

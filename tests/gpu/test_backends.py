@@ -5,7 +5,6 @@ Run with vLLM's CUDA build: pytest -m gpu -s tests/gpu/test_backends.py
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ import torch
 
 from tests.e2e.checkpoints import quantize_checkpoint, write_dequantized, write_tiny
 from tests.e2e.probe import generate
-from tests.gpu.engine import result_of
+from tests.gpu.engine import NEEDS_VLLM, result_of
 from tests.gpu.exact import Exact
 
 PROMPTS = [[1, 5, 9, 30], [7], list(range(3, 90))]
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    NEEDS_VLLM,
 ]
 
 

@@ -5,7 +5,6 @@ Run with vLLM's CUDA build, on a GPU of Hopper: pytest -m gpu tests/gpu/test_fus
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 from tests.e2e.checkpoints import quantize_checkpoint, write_dequantized, write_tiny
 from tests.e2e.probe import generate
-from tests.gpu.engine import result_of
+from tests.gpu.engine import NEEDS_VLLM, result_of
 from tests.gpu.exact import Exact
 from tests.matmul.test_wgmma import hopper
 
@@ -25,7 +24,7 @@ LAYERS = 3
 pytestmark = [
     hopper,
     pytest.mark.gpu,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    NEEDS_VLLM,
 ]
 launched: Counter[tuple[bool, bool]] = Counter()
 

@@ -5,15 +5,14 @@ Run with vLLM's CUDA build: pytest -m gpu -s tests/gpu/test_multi_token.py
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e.moe_checkpoints import write_glm
-from tests.e2e.probe import generate
-from tests.gpu.engine import start
+from tests.e2e.probe import generate, metrics_of
+from tests.gpu.engine import NEEDS_VLLM, start
 
 PROMPTS = [[1, 5, 9, 30], [7], list(range(3, 90))]
 TOKENS = 24
@@ -22,14 +21,13 @@ NEARLY_EVEN = 0.5
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    NEEDS_VLLM,
 ]
 
 
 def completions(llm: Any) -> dict[str, Any]:
     answers = generate(llm, PROMPTS, TOKENS)
-    metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-    return {"answers": answers, "drafts": metrics.get("vllm:spec_decode_num_drafts")}
+    return {"answers": answers, "drafts": metrics_of(llm).get("vllm:spec_decode_num_drafts")}
 
 
 def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float | None:

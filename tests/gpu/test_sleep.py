@@ -6,7 +6,6 @@ Run with vLLM's CUDA build: pytest -m gpu tests/gpu
 from __future__ import annotations
 
 import functools
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ import torch
 from tests.e2e.checkpoints import write_tiny
 from tests.e2e.engine import run_engine
 from tests.e2e.probe import generate
+from tests.gpu.engine import NEEDS_VLLM
 
 PROMPTS = [[1, 5, 9, 30], [7], list(range(3, 160))]
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    NEEDS_VLLM,
 ]
 
 
