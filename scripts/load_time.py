@@ -7,11 +7,13 @@ Writes a checkpoint of random weights (16 GB for llama-3-8b; gone at the end, un
 after the other, in turn with qwantize and without, each in a process of its own. The first start of either finds no
 compiled kernel; later ones find what the first has left. "ready" is the time that `vllm.LLM(...)` takes, without
 importing vLLM. Files are in the system's cache, the checkpoint's as they have just been written, those of libraries as
-they are read before the first start: --evict has every start read the checkpoint from the disk.
+they are read before the first start, and Python's modules are compiled as an installer leaves them: --evict has every
+start read the checkpoint from the disk.
 """
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import dataclasses
 import importlib.util
@@ -19,6 +21,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +40,7 @@ from qwantize_vllm.plugin.engine_process import engine, in_own_process
 METHODS = {"qwantize": "qwantize", "bf16": None}
 GIB = 2**30
 _LIBRARIES = ("torch", "nvidia", "triton", "vllm")
+_MODULES = ("torch._inductor.compile_fx", "vllm.v1.engine.core", "vllm.model_executor.models.llama")
 
 app = typer.Typer(add_completion=False)
 console = Console(width=140)
@@ -118,10 +122,13 @@ def _read_libraries() -> None:
     for package in _LIBRARIES:
         spec = importlib.util.find_spec(package)
         for directory in (spec and spec.submodule_search_locations) or ():
-            for file in filter(Path.is_file, Path(directory).rglob("*.so*")):
+            compileall.compile_dir(directory, quiet=2, workers=0)
+            for file in filter(Path.is_file, Path(directory).rglob("*")):
                 with file.open("rb") as opened:
                     while opened.read(2**26):
                         pass
+    # What these need besides, as files that are read with them.
+    subprocess.run([sys.executable, "-c", f"import {', '.join(_MODULES)}"], check=True)
 
 
 def _start(method: str, number: int, checkpoint: Path, work: Path, options: dict[str, Any], evict: bool) -> Start:

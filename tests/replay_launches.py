@@ -38,7 +38,7 @@ class _Utils:
         return {"max_shared_mem": 232448}
 
 
-class _Driver:
+class Driver:
     """As much of a CUDA driver as launching asks for."""
 
     utils = _Utils()
@@ -154,7 +154,7 @@ def check_experts(run: Any, tokens: int) -> None:
 
 
 if __name__ == "__main__":
-    driver.set_active(_Driver())
+    driver.set_active(Driver())
     bias = torch.zeros(256, dtype=torch.bfloat16)
     check(matmul_decode, 1, 256, 4096, bias, DecodeShape(1, 1, 4, 8))
     check(matmul_swizzled, 5, 256, 4096, bias, TileShape(8, 1, 4, 4, 3))

@@ -1,50 +1,61 @@
-"""Kernels compiled in threads while a checkpoint loads.
+"""Kernels compiled while a checkpoint loads.
 
 Triton compiles a kernel where it is first launched, one after the other: for a server that is while it captures its
-CUDA graphs, some 20 s on an H200's host. What a weight will need is known as soon as its form is; compiling needs no
-launch, and gives up Python's lock for most of its time.
+CUDA graphs, some 20 s on an H200's host. What a weight will need is known as soon as its form is.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
 from typing import Any
 
 import torch
 
 from qwantize_vllm.matmul.backends import why_not_gluon
+from qwantize_vllm.matmul.compile_process import Request, start_compiling, tell_failure
 from qwantize_vllm.matmul.gpu import capability_major
 from qwantize_vllm.matmul.normed import AddedNorm, one_kernel
 from qwantize_vllm.matmul.swizzle import COLUMNS, SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import NORMED_TOKENS, DecodeShape, Shape, TileShape, shapes_for
-from qwantize_vllm.matmul.triton_launchers import build_launcher
 from qwantize_vllm.matmul.wgmma_shapes import STEPS
 from qwantize_vllm.triton_launch import Launch
 
-_MOST_THREADS = 8
 
+def compile_ahead(
+    weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, normed: bool = False, gated: bool = False
+) -> threading.Thread | None:
+    """Start to compile what multiplies x, of any number of tokens, by this weight on a GPU, in another process.
 
-def compile_ahead(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None) -> None:
-    """Start to compile what multiplies x, of any number of tokens, by this weight on a GPU; returns at once.
+    Args:
+        weight: on the current device.
+        dtype: of x, bfloat16 or float16.
+        bias: as the products will have it.
+        normed: also what norms x, and, if gated, gates the product (normed.py).
 
-    dtype: of x, bfloat16 or float16. bias: as the products will have it. What fails to compile here says so where it is
-    launched.
+    Returns:
+        At once: the thread that waits for the process, or None if there is nothing to compile that was not asked for
+        before. What fails says so in the log, and where it is launched.
     """
     if weight.device.type != "cuda":
-        return
+        return None
+    request = Request()
     groups, tiles = weight.words.shape[:2]
-    for shape in shapes_for(capability_major(weight.device), groups, tiles, weight.block_size):
-        _compile_shape(weight, dtype, bias, shape)
+    try:
+        for shape in shapes_for(capability_major(weight.device), groups, tiles, weight.block_size):
+            _compile_shape(weight, dtype, bias, shape, request.launch)
+        if normed:
+            _compile_normed(weight, dtype, bias, gated, request.launch)
+        return start_compiling(request)
+    except Exception as error:  # it would cost time alone
+        tell_failure(f"{type(error).__name__}: {error}")
+        return None
 
 
-def compile_normed_ahead(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, gated: bool) -> None:
-    """As `compile_ahead`, what norms x and perhaps gates the product (normed.py), where for few tokens one kernel does
-    it all."""
-    if weight.device.type != "cuda":
-        return
-    k, launch = weight.shape[1], functools.partial(compile_in_thread, weight.device)
+def _compile_normed(
+    weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, gated: bool, launch: Launch
+) -> None:
+    """Where for few tokens one kernel does it all."""
+    k = weight.shape[1]
     for tokens in NORMED_TOKENS:
         x = _empty(tokens, k, weight, dtype)
         norm = AddedNorm(x, _empty(1, k, weight, dtype)[0], 1e-6, x)
@@ -70,18 +81,11 @@ def _compile_steps(weight: SwizzledNvfp4, dtype: torch.dtype, gated: bool, launc
         silu_and_mul(_empty(len(x), n, weight, dtype), launch)
 
 
-def compile_in_thread(
-    device: torch.device, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
-) -> Future[None]:
-    """Start to compile what `launch_now` would launch on a GPU. Triton's driver must be there: threads would each make
-    one."""
-    return _threads(device).submit(_compile_with_launcher, kernel, grid, arguments, constants)
-
-
-def _compile_shape(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, shape: Shape) -> None:
+def _compile_shape(
+    weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, shape: Shape, launch: Launch
+) -> None:
     if not _is_new(*_kind(weight, dtype, bias, shape)):
         return
-    launch = functools.partial(compile_in_thread, weight.device)
     k = weight.shape[1]
     x = _empty(1, k, weight, dtype)
     if isinstance(shape, TileShape):
@@ -116,21 +120,6 @@ def _whole_steps(k: int, shape: Shape) -> int:
 
 def _empty(tokens: int, k: int, weight: SwizzledNvfp4, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(tokens, k, dtype=dtype, device=weight.device)
-
-
-def _compile_with_launcher(
-    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
-) -> None:
-    """Into Triton's cache. Nothing is loaded: neither the kernel, which a CUDA graph that is being captured may not
-    stand, nor its launcher (triton_launchers.py)."""
-    build_launcher(kernel.warmup(*arguments, grid=grid, **constants))
-
-
-@functools.cache
-def _threads(device: torch.device) -> ThreadPoolExecutor:
-    """Threads whose current device it is, which Triton compiles for."""
-    count = min(_MOST_THREADS, os.cpu_count() or 1)
-    return ThreadPoolExecutor(count, initializer=torch.cuda.set_device, initargs=(device,))
 
 
 _seen: set[tuple[Any, ...]] = set()

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import functools
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from vllm.logger import init_logger
 
 from qwantize_vllm.format import Nvfp4Tensor
-from qwantize_vllm.matmul.compile_ahead import compile_in_thread
 from qwantize_vllm.matmul.swizzle import swizzle
+from qwantize_vllm.matmul.triton_launchers import build_launcher
 from qwantize_vllm.search.quality import signal_and_noise
 from qwantize_vllm.search.quantize import GlobalScale, matrix_amax, quantize_nvfp4
 from qwantize_vllm.settings import QwantizeSettings
@@ -27,6 +27,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 # Rows of the layer: so many that its sizes are multiples of 16 as those of real ones, for which Triton compiles.
 _ROWS = 1024
+_THREADS = 4  # as many as there are kernels
 _thread: threading.Thread | None = None
 
 
@@ -86,19 +87,26 @@ def compile_together(settings: QwantizeSettings, weight: torch.Tensor) -> None:
     from qwantize_vllm.search.triton_sse import search_sse
 
     driver.active.get_current_target()  # makes the driver, which threads would do one and all
-    jobs: list[Future[None]] = []
+    # Triton compiles for the current device of a thread.
+    with ThreadPoolExecutor(_THREADS, initializer=torch.cuda.set_device, initargs=(weight.device,)) as pool:
+        jobs: list[Future[None]] = []
 
-    def launch(*launched: Any, **constants: Any) -> None:
-        jobs.append(compile_in_thread(weight.device, *launched, **constants))
+        def launch(*launched: Any, **constants: Any) -> None:
+            jobs.append(pool.submit(_compile, *launched, **constants))
 
-    q = _empty_quantized(weight, settings.block_size)
-    search_sse(weight[None], q.global_scale[None], settings.block_size, settings.scale_search == "optimal", launch)
-    signal_and_noise_triton(weight, q, launch)
-    if settings.backend == "auto":
-        swizzle(q, launch)
-    matrix_amax(weight)
-    for job in jobs:
-        job.result()
+        q = _empty_quantized(weight, settings.block_size)
+        search_sse(weight[None], q.global_scale[None], settings.block_size, settings.scale_search == "optimal", launch)
+        signal_and_noise_triton(weight, q, launch)
+        if settings.backend == "auto":
+            swizzle(q, launch)
+        matrix_amax(weight)
+        for job in jobs:
+            job.result()
+
+
+def _compile(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Into Triton's cache. Nothing is loaded: neither the kernel nor its launcher (matmul/triton_launchers.py)."""
+    build_launcher(kernel.warmup(*arguments, grid=grid, **constants))
 
 
 def _empty_quantized(weight: torch.Tensor, block_size: int) -> Nvfp4Tensor:

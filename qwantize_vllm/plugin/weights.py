@@ -13,11 +13,12 @@ from typing import Protocol
 
 import torch
 from vllm import envs
+from vllm.distributed import get_world_group, model_parallel_is_initialized
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.utils import replace_parameter
 
 from qwantize_vllm.format import Nvfp4Tensor
-from qwantize_vllm.matmul.compile_ahead import compile_ahead, compile_normed_ahead
+from qwantize_vllm.matmul.compile_ahead import compile_ahead
 from qwantize_vllm.matmul.op import matmul_op, matmul_swizzled_op
 from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.plugin.vllm_kernels import KERNELS, describe, make_kernel
@@ -134,14 +135,13 @@ class SwizzledForm:
         if len(quantized.widths) > 1:
             widths = torch.tensor(quantized.widths, device=scale.device)
             scale = quantized.global_scales.repeat_interleave(widths)
-        if not envs.VLLM_BATCH_INVARIANT:
-            compiled, bias = dataclasses.replace(weight, global_scale=scale), getattr(layer, "bias", None)
-            compile_ahead(compiled, quantized.dtype, bias)
+        if not envs.VLLM_BATCH_INVARIANT and _first_of_host():
             # What several layers are fused into follows a norm; two as large as each other are gate and up.
             members = getattr(layer, "logical_widths", [])
-            if self.fuse_norms and len(members) > 1:
-                gated = len(members) == 2 and members[0] == members[1]
-                compile_normed_ahead(compiled, quantized.dtype, bias, gated)
+            normed = self.fuse_norms and len(members) > 1
+            gated = len(members) == 2 and members[0] == members[1]
+            compiled = dataclasses.replace(weight, global_scale=scale)
+            compile_ahead(compiled, quantized.dtype, getattr(layer, "bias", None), normed, gated)
         return _replace(layer, weight.words, weight.scales, scale)
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -167,6 +167,11 @@ class VllmForm:
         y: torch.Tensor = self.kernel.apply_weights(layer, x.contiguous(), None)
         # The kernels want a bias repacked with the weight, each in its own way.
         return y if bias is None else y + bias.to(y.dtype)
+
+
+def _first_of_host() -> bool:
+    """Whether no other rank of this host compiles, into the same cache, what all of them launch."""
+    return not model_parallel_is_initialized() or get_world_group().local_rank == 0
 
 
 def _replace(layer: LinearBase, *tensors: torch.Tensor) -> int:

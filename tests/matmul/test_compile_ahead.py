@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import threading
+import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ pytest.importorskip("triton")
 import triton
 
 from qwantize_vllm.matmul import compile_ahead as ahead
+from qwantize_vllm.matmul import replay
 from qwantize_vllm.matmul.backends import run_swizzled
 from qwantize_vllm.matmul.op import normed_matmul_swizzled_op
 from qwantize_vllm.matmul.swizzle import swizzle
@@ -32,57 +34,83 @@ def test_nothing_is_compiled_without_a_gpu():
     assert not ahead._seen
 
 
+def test_what_cannot_be_noted_is_left_to_the_launch_and_the_log_says_so(monkeypatch, caplog):
+    def fail(*given):
+        raise KeyError("no such shape")
+
+    monkeypatch.setattr(ahead, "shapes_for", fail)
+    monkeypatch.setattr(ahead, "capability_major", lambda device: 9)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    weight = SimpleNamespace(device=torch.device("cuda"), words=torch.empty(1, 1), block_size=16)
+    with caplog.at_level(logging.INFO):
+        assert ahead.compile_ahead(weight, torch.bfloat16, None) is None
+    assert "compiled as they are launched" in caplog.text
+    assert "KeyError: 'no such shape'" in caplog.text
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """Names of the kernels that this process compiles, with nothing in memory and a cache of its own."""
+    from qwantize_vllm.matmul import gluon_decode, gluon_wgmma, triton_normed, triton_swizzled
+
+    names = []
+
+    def listen(*, src, cache_hit, **rest):
+        if not cache_hit:
+            names.append(src.name)
+
+    for module in (gluon_decode, gluon_wgmma, triton_normed, triton_swizzled):
+        for each in vars(module).values():
+            if isinstance(each, triton.JITFunction):
+                each.device_caches.clear()
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
+    monkeypatch.setattr(ahead, "_seen", set())
+    monkeypatch.setattr(replay, "_recordings", {})
+    return names
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_what_was_compiled_ahead_is_not_compiled_again(monkeypatch, tmp_path, with_bias):
+def test_what_was_compiled_ahead_is_not_compiled_again(monkeypatch, compiled, with_bias):
     """Nor is a launcher built again, and none is loaded but where it is launched (triton_launchers.py)."""
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    events = watch_launchers(monkeypatch)
     x, q = make("cuda", 208, 1088, 700, torch.float16, 32)
     weight, bias = swizzle(q), torch.randn(208, device="cuda").half() if with_bias else None
-    events.clear()
-    ahead._seen.clear()
-    ahead.compile_ahead(weight, x.dtype, bias)
-    ahead._threads(x.device).shutdown(wait=True)
-    ahead._threads.cache_clear()
-    assert not [thread for event, thread in events if event == "loaded"]
-    events.clear()
-    compiled = []
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **what: compiled.append(what["repr"]))
+    events = watch_launchers(monkeypatch)
+    compiled.clear()
+    waiting = ahead.compile_ahead(weight, x.dtype, bias)
+    assert waiting is not None
+    waiting.join()
+    assert compiled == events == []
     for tokens in (1, 8, 9, 16, 20, 33, 64, 65, 128, 129, 300, 700):
         run_swizzled(x[:tokens], weight, bias)
-    assert not [repr for repr in compiled if "unswizzle" not in repr]
-    assert len([thread for event, thread in events if event == "built"]) <= len(compiled)
+    assert not [name for name in compiled if "unswizzle" not in name]
+    assert events.count("built") <= len(compiled)
 
 
 @hopper
 @pytest.mark.gpu
-def test_what_norms_and_gates_was_compiled_ahead(monkeypatch, tmp_path):
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+def test_what_norms_and_gates_was_compiled_ahead(compiled):
     x, q = make("cuda", 384, 1056, 40, torch.bfloat16)
     weight = swizzle(q)
-    ahead._seen.clear()
-    ahead.compile_ahead(weight, x.dtype, None)
-    ahead.compile_normed_ahead(weight, x.dtype, None, gated=True)
-    ahead._threads(x.device).shutdown(wait=True)
-    ahead._threads.cache_clear()
-    compiled = []
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **what: compiled.append(what["repr"]))
+    waiting = ahead.compile_ahead(weight, x.dtype, None, normed=True, gated=True)
+    assert waiting is not None
+    waiting.join()
     tensors = (weight.words, weight.scales, weight.global_scale, weight.arrived)
     for tokens in (1, 2, 3, 40):
         normed_matmul_swizzled_op(x[:tokens], x[:tokens], x[0], 1e-5, *tensors, None, 384, 16, "auto", True)
-    assert not [repr for repr in compiled if "unswizzle" not in repr]
+    assert not {"_decode_kernel", "_swizzled_kernel", "_add_norm_kernel", "_gate_kernel"} & set(compiled)
 
 
 def watch_launchers(monkeypatch):
-    """What Triton does with modules in C, and in which thread."""
+    """What Triton does with modules in C."""
     from triton.runtime import build
 
     events = []
     for event, original in {"built": build._build, "loaded": build._load_module_from_path}.items():
 
         def watched(*arguments, event=event, original=original):
-            events.append((event, threading.current_thread()))
+            events.append(event)
             return original(*arguments)
 
         monkeypatch.setattr(build, original.__name__, watched)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from qwantize_vllm.matmul.compile_process import Request, start_compiling
+
+NORM = "qwantize_vllm.matmul.triton_normed"
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """Triton's, which a process inherits."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_launch_finds_what_another_process_has_compiled(cache):
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile_elsewhere"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = ["_add_norm_kernel", "_decode_kernel", "_gate_kernel", "_swizzled_kernel", "_wgmma_kernel"]
+    assert done.stdout.split() == kernels
+
+
+def test_nothing_is_started_for_nothing():
+    assert start_compiling(Request()) is None
+
+
+def test_that_there_is_no_process_the_log_says_too(cache, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        thread = start_compiling(Request([(NORM, "_gate_kernel", "{}")], ["source"], ["cuda", 90, 32]))
+        assert thread is not None
+        thread.join()
+    assert "/nowhere/python" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("request_", "why"),
+    [
+        (Request([(NORM, "no_such_kernel", "{}")], ["source"], ["cuda", 90, 32]), "no_such_kernel"),
+        (Request([(NORM, "_gate_kernel", "{}")], ["source"], ["cuda", 90, 32], parent=1), "is gone"),
+    ],
+)
+def test_what_fails_is_left_to_the_launch_and_the_log_says_so(request_, why, cache, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        thread = start_compiling(request_)
+        assert thread is not None
+        thread.join()
+    (record,) = caplog.records
+    assert "will be compiled as they are launched" in record.message
+    assert why in record.message
+    assert not request_.done
