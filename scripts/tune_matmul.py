@@ -32,8 +32,15 @@ from qwantize_vllm.matmul.tile_shapes import NORMED_TOKENS, DecodeShape, TileSha
 from qwantize_vllm.matmul.wgmma_shapes import STEPS, WgmmaShape
 from qwantize_vllm.search.quantize import quantize_nvfp4
 
-LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # of Llama 3 8B
-TOKENS = [1, 16, 32, 64, 128, 256, 512, 1024]
+# Of Llama 3 8B, and the largest one of 70B.
+LAYERS = {
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "gate_up_70b": (57344, 8192),
+}
+TOKENS = [1, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 # (groups, steps, warps, stages)
 FORMS = [(1, 4, 2, 3), (1, 4, 4, 3), (1, 2, 4, 3), (1, 2, 4, 4), (1, 1, 4, 3), (2, 2, 4, 3), (2, 1, 4, 4), (2, 2, 8, 3)]
 # Of these a norm stands before the product, in Llama; and whether a gate stands behind it.
