@@ -35,7 +35,7 @@ _SET = {
 # Even an eager engine compiles one small function, for log-probabilities; without this that takes a C++ compiler.
 _EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 # The engine core runs in the process that the test talks to, its threads wherever the machine has room.
-_IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 _ARGUMENTS = {"enforce_eager": True, "max_model_len": 256, "disable_log_stats": True}
 
 
@@ -81,7 +81,7 @@ def run_engine(
     """
     directory.mkdir(parents=True)
     result = directory / "result.pt"
-    job = (use, directory / "log", result, {**_IN_PROCESS, **(env or {})}, {**_ARGUMENTS, **arguments})
+    job = (use, directory / "log", result, {**IN_PROCESS, **(env or {})}, {**_ARGUMENTS, **arguments})
     process = _fork_server().Process(target=_engine_process, args=(before, *job))
     process.start()
     process.join(PATIENCE)

@@ -25,7 +25,8 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def hessians(smollm2, text, tmp_path_factory):
     path = tmp_path_factory.mktemp("hessians") / "h.safetensors"
-    printed = qwantize("calibrate", smollm2, "--text", text, "--num-tokens", "200", "--seq-len", "64", "--out", path)
+    options = ["--num-tokens", "200", "--seq-len", "64"]
+    printed = qwantize("calibrate", smollm2, "--text", text, *options, "--out", path, env=None)
     assert "200 tokens in 4 windows" in " ".join(printed.split())
     return path
 
