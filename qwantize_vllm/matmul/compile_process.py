@@ -71,13 +71,13 @@ class Request:
     @property
     def done(self) -> bool:
         """Whether Triton's cache has them all from an earlier start."""
-        return self._mark.get_file(_MARK) is not None
+        return self._cache.get_file(_MARK) is not None
 
     def mark_done(self) -> None:
-        self._mark.put("", _MARK, binary=False)
+        self._cache.put("", _MARK, binary=False)
 
     @property
-    def _mark(self) -> Any:
+    def _cache(self) -> Any:
         import triton
         from triton.runtime.cache import get_cache_manager
 
