@@ -4,7 +4,8 @@ To compile a kernel is half the time Python's work, and threads that do it keep 
 a checkpoint: on an H200 the shape of Llama-3-8B loaded in 10.7 s with them, and in 5.2 s where nothing was compiled.
 
 What a launch would have Triton compile it says in JSON (`jit_cache_hook`, `JITFunction.preload`): the process needs
-neither the tensors nor the GPU.
+neither the tensors nor the GPU. (With VLLM_USE_STANDALONE_COMPILE=0 vLLM moves Triton's cache after the load, and they
+are compiled again as they are launched.)
 
     python -m qwantize_vllm.matmul.compile_process < request    # the JSON of a `Request`
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ pytest.importorskip("vllm")
 pytest.importorskip("triton")
 
 from qwantize_vllm import QwantizeSettings, quantize_nvfp4
+from qwantize_vllm.plugin import weights
 from qwantize_vllm.plugin.weights import (
     PlainForm,
     QuantizedLayer,
@@ -111,3 +114,11 @@ def test_kernels_of_vllm_multiply_by_what_they_made(backend):
     form.keep(layer, quantized)
     x = torch.randn(3, 256, device="cuda").bfloat16()
     assert relative_error(form.apply(layer, x, None), exact_product(x, quantized)) < 4e-3
+
+
+@pytest.mark.parametrize(("local_rank", "expected"), [(None, True), (0, True), (1, False)])
+def test_one_rank_of_a_host_compiles_ahead_for_all(monkeypatch, local_rank, expected):
+    """None: the layer is in no group of ranks, as in these tests."""
+    monkeypatch.setattr(weights, "model_parallel_is_initialized", lambda: local_rank is not None)
+    monkeypatch.setattr(weights, "get_world_group", lambda: SimpleNamespace(local_rank=local_rank))
+    assert weights._first_of_host() is expected
