@@ -46,7 +46,8 @@ def compile_ahead(
         if normed:
             _compile_normed(weight, dtype, bias, gated, request.launch)
         return start_compiling(request)
-    except Exception as error:  # it would cost time alone
+    # Whatever it is, it must not end the load: what matters meets the launch too, the rest costs time alone.
+    except Exception as error:
         tell_failure(f"{type(error).__name__}: {error}")
         return None
 

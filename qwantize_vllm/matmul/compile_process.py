@@ -1,7 +1,8 @@
 """Kernels compiled by a process of their own, which leaves them in Triton's cache for the one that will launch them.
 
-To compile a kernel is half the time Python's work, and threads that do it keep Python's lock from the thread that loads
-a checkpoint: on an H200 the shape of Llama-3-8B loaded in 10.7 s with them, and in 5.2 s where nothing was compiled.
+To compile a kernel is in part Python's work (a sixth of the time for wgmma, half of it for few tokens), and threads
+that do it keep Python's lock from the thread that loads a checkpoint: on an H200 the shape of Llama-3-8B loaded in
+10.7 s with them, and in 5.2 s where nothing was compiled.
 
 What a launch would have Triton compile it says in JSON (`jit_cache_hook`, `JITFunction.preload`): the process needs
 neither the tensors nor the GPU. (With VLLM_USE_STANDALONE_COMPILE=0 vLLM moves Triton's cache after the load, and they

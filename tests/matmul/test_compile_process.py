@@ -49,7 +49,7 @@ def test_that_there_is_no_process_the_log_says_too(cache, monkeypatch, caplog):
     ("request_", "why"),
     [
         (Request([(NORM, "no_such_kernel", "{}")], ["source"], ["cuda", 90, 32]), "no_such_kernel"),
-        (Request([(NORM, "_gate_kernel", "{}")], ["source"], ["cuda", 90, 32], parent=1), "is gone"),
+        (Request([(NORM, "_gate_kernel", "{}")], ["source"], ["cuda", 90, 32], parent=0), "is gone"),
     ],
 )
 def test_what_fails_is_left_to_the_launch_and_the_log_says_so(request_, why, cache, monkeypatch, caplog):
