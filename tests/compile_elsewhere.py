@@ -16,6 +16,7 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
+from qwantize_vllm.matmul import compile_process
 from qwantize_vllm.matmul.compile_process import Request, start_compiling
 from qwantize_vllm.matmul.gluon_decode import matmul_decode
 from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
@@ -64,16 +65,20 @@ def strangers(request: Request) -> Iterator[Request]:
 if __name__ == "__main__":
     driver.set_active(Driver())
     knobs.compilation.listener = listen
+    compile_process._PATIENCE = 0.1
     request = requested()
+    broken = Request([("tests.compile_elsewhere", "no_such_kernel", "{}")], ["source"], request.target)
     assert not request.done
-    thread = start_compiling(request)
-    assert thread is not None
-    thread.join()
+    threads = [start_compiling(each) for each in (broken, request)]
+    assert threads[0] is threads[1] is not None, "a process each"
+    threads[0].join()
+    assert not broken.done
     assert compilations == []
     assert request.done
     assert not any(each.done for each in strangers(request))
     # What was noted is not yet known here: it is noted again, and found done.
     assert start_compiling(requested()) is None
+    assert start_compiling(broken) is not threads[0], "it has ended"
     launch_all(warm_up)
     assert all(hit for _, hit in compilations), compilations
     assert requested().kernels == []

@@ -8,32 +8,35 @@ What a launch would have Triton compile it says in JSON (`jit_cache_hook`, `JITF
 neither the tensors nor the GPU. (With VLLM_USE_STANDALONE_COMPILE=0 vLLM moves Triton's cache after the load, and they
 are compiled again as they are launched.)
 
-    python -m qwantize_vllm.matmul.compile_process < request    # the JSON of a `Request`
+    python -m qwantize_vllm.matmul.compile_process < requests    # the JSON of a `Request` a line
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
 import json
 import logging
 import os
+import queue
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
 # One of vLLM's loggers where there is vLLM.
 logger = logging.getLogger(f"vllm.{__name__}")
 
-# A form of weights has some five kernels, and a model has few forms; a process takes 0.4 GB for its seconds.
-_MOST_PROCESSES = 4
-_MOST_THREADS = 8
+# The engine needs one core for itself, and launches no kernel before it has spent half a minute on other work; all of
+# Llama 3 8B's take a core 30 s to compile. A process takes 0.4 GB, and several seconds to import PyTorch and Triton:
+# one compiles what all layers ask for, and ends when none has asked for so long.
+_MOST_THREADS = 4
+_PATIENCE = 5.0
 _MARK = "qwantize-compiled"
 _NICENESS = 5  # loading goes first where there are few cores
-_free = threading.Semaphore(_MOST_PROCESSES)
 
 
 @dataclasses.dataclass
@@ -88,33 +91,76 @@ class Request:
 
 
 def start_compiling(request: Request) -> threading.Thread | None:
-    """Start a process that compiles these kernels; returns the thread that waits for it, None if there are none that an
-    earlier start has not compiled.
+    """Have a process compile these kernels; returns the thread that waits for it, None if an earlier start has compiled
+    them all.
 
     What fails to compile fails where it is launched too, and says so there; a line in the log says it here.
     """
+    global _process
     if not request.kernels or request.done:
         return None
-    thread = threading.Thread(target=_run, args=(request,), name="qwantize-compiling", daemon=True)
-    thread.start()
-    return thread
+    with _lock:
+        if _process is None:
+            _process = _Process()
+            _process.thread.start()
+        _process.requests.put(request)
+        return _process.thread
 
 
-def _run(request: Request) -> None:
-    with _free:
+class _Process:
+    """One that compiles, and the thread that tells it what, and waits for it."""
+
+    def __init__(self) -> None:
+        self.requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._run, name="qwantize-compiling", daemon=True)
+
+    def _run(self) -> None:
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [sys.executable, "-P", "-m", __name__],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                input=json.dumps(dataclasses.asdict(request)),
-                capture_output=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
                 text=True,
             )
         except OSError as error:
+            with _lock:
+                self._retire()
             tell_failure(str(error))
             return
-    if done.returncode:
-        tell_failure(done.stderr[-2000:].strip())
+        self._write_requests(process.stdin)
+        _, errors = process.communicate()
+        if process.returncode:
+            tell_failure(errors[-2000:].strip())
+
+    def _write_requests(self, file: IO[str] | None) -> None:
+        try:
+            while (request := self._next()) is not None:
+                print(json.dumps(dataclasses.asdict(request)), file=file, flush=True)
+        except BrokenPipeError:  # the process has ended, and says why
+            with _lock:
+                self._retire()
+
+    def _next(self) -> Request | None:
+        """None if there is none for a while."""
+        with contextlib.suppress(queue.Empty):
+            return self.requests.get(timeout=_PATIENCE)
+        with _lock:
+            if not self.requests.empty():  # it has come this moment
+                return self.requests.get()
+            self._retire()
+            return None
+
+    def _retire(self) -> None:
+        """Whoever wants something from now on gets another process."""
+        global _process
+        if _process is self:
+            _process = None
+
+
+_lock = threading.Lock()
+_process: _Process | None = None
 
 
 def tell_failure(why: str) -> None:
@@ -122,16 +168,28 @@ def tell_failure(why: str) -> None:
 
 
 def compile_all(file: IO[str]) -> None:
-    """What the process does."""
+    """What the process does.
+
+    Raises:
+        BaseExceptionGroup: what failed, once all else is compiled.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    request = Request(**json.load(file))
-    driver.set_active(_Target(GPUTarget(*request.target)))
+    jobs: list[tuple[Request, list[Future[None]]]] = []
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        for done in [pool.submit(_compile, request.parent, *kernel) for kernel in request.kernels]:
-            done.result()
-    request.mark_done()
+        for line in file:
+            request = Request(**json.loads(line))
+            driver.set_active(_Target(GPUTarget(*request.target)))
+            jobs.append((request, [pool.submit(_compile, request.parent, *kernel) for kernel in request.kernels]))
+    failed = []
+    for request, compiled in jobs:
+        errors = [error for job in compiled if (error := job.exception())]
+        failed += errors
+        if not errors:
+            request.mark_done()
+    if failed:
+        raise BaseExceptionGroup("kernels that do not compile", failed)
 
 
 def _compile(parent: int, module: str, name: str, specialization: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from qwantize_vllm.matmul import compile_process
 from qwantize_vllm.matmul.compile_process import Request, start_compiling
 
 NORM = "qwantize_vllm.matmul.triton_normed"
@@ -17,7 +18,8 @@ NORM = "qwantize_vllm.matmul.triton_normed"
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """Triton's, which a process inherits."""
+    """Triton's, which a process inherits; which no test waits for long."""
+    monkeypatch.setattr(compile_process, "_PATIENCE", 0.1)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
