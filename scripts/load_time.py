@@ -5,23 +5,20 @@
 
 Writes a checkpoint of random weights (16 GB for llama-3-8b; gone at the end, unless --keep), then starts one engine
 after the other, in turn with qwantize and without, each in a process of its own. The first start of either finds no
-compiled kernel; later ones find what the first has left. "ready" is the time that `vllm.LLM(...)` takes, without
-importing vLLM. Files are in the system's cache, the checkpoint's as they have just been written, those of libraries as
-they are read before the first start, and Python's modules are compiled as an installer leaves them: --evict has every
-start read the checkpoint from the disk.
+compiled kernel; later ones find what the first has left, but with --fresh. "ready" is the time that `vllm.LLM(...)`
+takes, without importing vLLM. Files are in the system's cache, the checkpoint's as they have just been written, those
+of libraries as one layer of the model is started before, which does not count: --evict has every start read the
+checkpoint from the disk.
 """
 
 from __future__ import annotations
 
-import compileall
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,8 +36,15 @@ from qwantize_vllm.plugin.engine_process import engine, in_own_process
 
 METHODS = {"qwantize": "qwantize", "bf16": None}
 GIB = 2**30
-_LIBRARIES = ("torch", "nvidia", "triton", "vllm")
-_MODULES = ("torch._inductor.compile_fx", "vllm.v1.engine.core", "vllm.model_executor.models.llama")
+# Folders for what a start leaves to the next one, by the variables that say where.
+_CACHES = {
+    "VLLM_CACHE_ROOT": "vllm",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "CUDA_CACHE_PATH": "cuda",
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+    "XDG_CACHE_HOME": "others",
+}
 
 app = typer.Typer(add_completion=False)
 console = Console(width=140)
@@ -48,10 +52,11 @@ console = Console(width=140)
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """One start; figures: of MeasuredWorker, and `ready`."""
+    """One start; first: whether it found no compiled kernel; figures: of MeasuredWorker, and `ready`."""
 
     method: str
     number: int
+    first: bool
     figures: dict[str, Any]
 
 
@@ -64,6 +69,7 @@ def main(
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the checkpoint there, and use one that is there.")
     ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Have no start find what an earlier one compiled.")] = False,
     evict: Annotated[bool, typer.Option("--evict", help="Have files read from the disk.")] = False,
     eager: Annotated[bool, typer.Option("--eager", help="Without torch.compile and CUDA graphs.")] = False,
     utilization: Annotated[float, typer.Option(help="vLLM's gpu_memory_utilization.")] = 0.9,
@@ -77,13 +83,15 @@ def main(
     with _work_folder(folder) as work:
         checkpoint = work / f"{shape}-{config['num_hidden_layers']}-layers"
         _prepare(checkpoint, config)
-        _read_libraries()
+        _start_a_layer(shape, work, options)
         done: list[Start] = []
         failed = 0
         for number in range(1, starts + 1):
             for method in METHODS:
                 try:
-                    done.append(_start(method, number, checkpoint, work, options, evict))
+                    if evict:
+                        _evict(checkpoint)
+                    done.append(_start(method, number, fresh or number == 1, checkpoint, work, options))
                 except Exception as error:
                     failed += 1
                     console.print(f"FAILED: start {number} of {method}: {type(error).__name__}: {error}", markup=False)
@@ -117,46 +125,37 @@ def _prepare(checkpoint: Path, config: dict[str, Any]) -> None:
     console.print(f"{checkpoint}: {size / GIB:.2f} GiB written in {time.perf_counter() - began:.1f} s")
 
 
-def _read_libraries() -> None:
+def _start_a_layer(shape: str, work: Path, options: dict[str, Any]) -> None:
     """So that the first start does not pay for what the next ones find in the system's cache."""
-    for package in _LIBRARIES:
-        spec = importlib.util.find_spec(package)
-        for directory in (spec and spec.submodule_search_locations) or ():
-            compileall.compile_dir(directory, quiet=2, workers=0)
-            for file in filter(Path.is_file, Path(directory).rglob("*")):
-                with file.open("rb") as opened:
-                    while opened.read(2**26):
-                        pass
-    # What these need besides, as files that are read with them.
-    subprocess.run([sys.executable, "-c", f"import {', '.join(_MODULES)}"], check=True)
+    checkpoint = work / f"{shape}-one-layer"
+    _prepare(checkpoint, llama_config(shape, 1))
+    _start("qwantize", 0, True, checkpoint, work, options)
+    shutil.rmtree(checkpoint)
 
 
-def _start(method: str, number: int, checkpoint: Path, work: Path, options: dict[str, Any], evict: bool) -> Start:
-    if evict:
-        for file in checkpoint.iterdir():
-            _evict(file)
+def _start(method: str, number: int, first: bool, checkpoint: Path, work: Path, options: dict[str, Any]) -> Start:
     caches = work / f"caches-{method}"
-    if number == 1:
+    if first:
         shutil.rmtree(caches, ignore_errors=True)
     log = _log_of(work, method, number)
     figures = in_own_process(_measure, str(checkpoint), METHODS[method], str(caches), str(log), options)
-    return Start(method, number, figures)
+    return Start(method, number, first, figures)
 
 
-def _evict(file: Path) -> None:
-    """Have the system forget what it has of a file in memory."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+def _evict(folder: Path) -> None:
+    """Have the system forget what it has of a folder's files in memory."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def _measure(model: str, quantization: str | None, caches: str, log: str, options: dict[str, Any]) -> dict[str, Any]:
     log_to(log)
-    os.environ |= {"VLLM_CACHE_ROOT": f"{caches}/vllm", "TRITON_CACHE_DIR": f"{caches}/triton"}
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{caches}/inductor"
+    os.environ |= {variable: f"{caches}/{name}" for variable, name in _CACHES.items()}
     import vllm  # noqa: F401
 
     worker = {"worker_cls": "measured_worker.MeasuredWorker", "skip_tokenizer_init": True}
@@ -177,20 +176,24 @@ def _show_start(start: Start) -> None:
     if "quantize" in figures:
         parts.append(f"of which quantize {figures['quantize']:.2f}")
     parts += [f"{name} {figures[key]:.1f}" for key, name in _LATER.items() if key in figures]
+    if "compiled" in figures:
+        written = sum(seconds for name, seconds in figures["compiled"].items() if not name.startswith("triton_"))
+        parts.append(f"kernels compiled on the way, Inductor's aside, {written:.1f}")
     if "peak_allocated" in figures:
         over = figures["peak_allocated"] - figures["weights"]
         parts.append(f"weights {figures['weights'] / GIB:.2f} GiB, peak of the load +{over / GIB:.2f} GiB")
-    console.print(f"{start.method}, start {start.number}: {', '.join(parts)}")
+    kind = "first" if start.first else "later"
+    console.print(f"{start.method}, start {start.number} ({kind}): {', '.join(parts)}")
 
 
 _LATER = {"profile": "profile and compile", "warm_up": "warm-up and graphs"}
 
 
 def _show(done: list[Start]) -> None:
-    table = Table(title="seconds; later starts: median")
+    table = Table(title="seconds, medians")
     rows = {"ready": "ready", "load": "load the weights", "quantize": "of which quantize", **_LATER}
     columns = {
-        f"{method}, {when}": [each.figures for each in done if each.method == method and (each.number == 1) is first]
+        f"{method}, {when}": [each.figures for each in done if each.method == method and each.first is first]
         for when, first in (("first", True), ("later", False))
         for method in METHODS
     }

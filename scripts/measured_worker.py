@@ -26,10 +26,13 @@ _FIGURES: dict[str, Any] = {}  # of this process's worker
 
 class MeasuredWorker(Worker):
     """What it notes, in seconds: load, of which quantize; profile (torch.compile is in it); warm_up (graphs are
-    captured in it). In bytes: weights; on a GPU peak_allocated and peak_reserved of PyTorch while they were loaded."""
+    captured in it). In bytes: weights; on a GPU peak_allocated and peak_reserved of PyTorch while they were loaded, and
+    by the names of kernels of Triton's the seconds that this process took to compile them: compiled."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         _note_summaries()
+        if torch.cuda.is_available():
+            _note_compilations()
         BaseModelLoader.load_model = _with_peaks(BaseModelLoader.load_model)
         with _timed("load"):
             super().load_model(*args, **kwargs)
@@ -83,6 +86,19 @@ def _note_summaries() -> None:
                 _FIGURES["summary"] = record.getMessage()
 
     logging.getLogger("vllm.qwantize_vllm.plugin.report").addHandler(Notes())
+
+
+def _note_compilations() -> None:
+    from triton import knobs
+
+    compiled: dict[str, float] = {}
+    _FIGURES["compiled"] = compiled
+
+    def listen(*, src: Any, times: Any, cache_hit: bool, **rest: Any) -> None:
+        if not cache_hit:
+            compiled[src.name] = compiled.get(src.name, 0.0) + times.total / 1e6
+
+    knobs.compilation.listener = listen
 
 
 def _tensor_bytes(model: torch.nn.Module) -> int:
