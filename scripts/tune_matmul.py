@@ -88,7 +88,7 @@ def tile_table(layers: list[str], tokens: list[int]) -> Table:
 def wgmma_table() -> Table:
     """From the times of one round of all multiprocessors, a longer one, two, half a round and a quarter."""
     table = Table(title="wgmma_shapes.py: microseconds for 64 columns; for 64 rows and one token")
-    for column in ("shape", "STEPS", "_STORE", "_LEAVE", "_ADD"):
+    for column in ("shape", "STEPS", "_STORE", "_EXCHANGE of two slices", "of four"):
         table.add_column(column)
     for shape in STEPS:
         size = shape.tokens * shape.groups
@@ -98,8 +98,8 @@ def wgmma_table() -> Table:
         start = once - 64 * step - size * store
         half = (time_wgmma(shape, 2, 4096) - start - 32 * step) / size
         quarter = (time_wgmma(shape, 1, 4096) - start - 16 * step) / size
-        add = (quarter - half) / 2
-        table.add_row(str(tuple(shape)), f"{step:.3f}", f"{store:.4f}", f"{half - store - add:.4f}", f"{add:.4f}")
+        exchange = (half - store) * 2, (quarter - store) * 4 / 3
+        table.add_row(str(tuple(shape)), f"{step:.3f}", f"{store:.4f}", *(f"{each:.4f}" for each in exchange))
     return table
 
 

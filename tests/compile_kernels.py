@@ -197,6 +197,7 @@ def wgmma_variants(every: bool) -> Iterator[tuple[Any, dict[str, str], dict[str,
             "words_desc": f"tensordesc<i16[16, 256],{FLAT_LAYOUTS[torch.int16]!r}>",
             "scales_desc": f"tensordesc<i{8 * scales.itemsize}[1, 256],{FLAT_LAYOUTS[scales]!r}>",
             "y_desc": x,
+            "eight_desc": f"tensordesc<{dtype}[8, 64],{X_LAYOUT!r}>",
             **{"global_scale_ptr": "*fp32", "bias_ptr": f"*{dtype}", "sums_ptr": "*i32"},
         }
         names = {"TOKENS": shape.tokens, "GROUPS": shape.groups, "X_TILES": shape.x_tiles}

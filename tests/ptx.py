@@ -7,7 +7,7 @@ uniform and barriers mean nothing. What was never written is a pattern that make
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,11 @@ class Program:
         self.code, self.labels = _parse(ptx)
 
     def run(self, parameters: list[int], place: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
+        for _ in self.steps(parameters, place, grid):
+            pass
+
+    def steps(self, parameters: list[int], place: tuple[int, int, int], grid: tuple[int, int, int]) -> Iterator[None]:
+        """As `run`, and others may go on after every jump: programs can wait for each other."""
         self.parameters, self.shared = parameters, np.zeros(2**18, np.uint8)
         self.registers: dict[str, Array] = {"%tid.x": np.arange(self.threads, dtype=np.uint32)}
         for axis, number, count in zip("xyz", place, grid, strict=True):
@@ -63,6 +68,7 @@ class Program:
                 assert where.all() or not where.any(), "threads part ways"
                 if where.all():
                     at = self.labels[operands[0]] if name.startswith("bra") else len(self.code)
+                    yield
             else:
                 with np.errstate(all="ignore"):
                     self._step(name.split("."), operands, where)
@@ -138,6 +144,8 @@ class Program:
         if kind == "shfl":
             own, other = np.arange(self.threads), self._get(given[1], 32).astype(np.int64)
             return self._get(given[0], 32)[own ^ other if name[2] == "bfly" else own // 32 * 32 + other % 32]
+        if kind == "vote":  # which of a warp's lanes; here of all threads, which go together
+            return np.full(self.threads, self._get(given[0], 1).any())
         if kind == "selp":
             return np.where(self._get(given[2], 1), self._get(given[0], bits), self._get(given[1], bits))
         if kind in ("mul", "mad") and name[1] == "wide":
@@ -165,6 +173,8 @@ class Program:
             values = [value.view(_SIGNED[bits]) for value in values]
         if kind == "setp":
             return _COMPARE[name[1]](*values)
+        if kind == "div":  # towards zero
+            return np.trunc(values[0].astype(np.float64) / values[1]).astype(values[0].dtype).view(unsigned)
         if kind in _ARITHMETIC:
             return _ARITHMETIC[kind](*values).view(unsigned)
         raise NotImplementedError(f"{'.'.join(name)} {first} {given}")
@@ -233,22 +243,26 @@ class Program:
 
 
 def _parse(ptx: str) -> tuple[list[tuple[str, list[str], str | None]], dict[str, int]]:
-    """Instructions (name, operands, condition), and where the labels are."""
+    """Instructions (name, operands, condition), and where the labels are; those of inline PTX are jumped back to."""
     body = ptx[ptx.index("{", ptx.index(".entry")) + 1 : ptx.rindex("}")]
     body = re.sub(r"//[^\n]*", "", body)
     body = re.sub(r"(?m)^\s*\.(loc|pragma|section|file|reg)\b[^\n]*$", "", body)
     code, labels = [], {}
     for statement in body.split(";"):
         text = " ".join(statement.split())
-        while match := re.match(r"(\$\w+): ?|\{ (?!%)|\{(?=[a-z.@])|\} ?", text):
+        while match := re.match(r"(\$?\w+): ?|\{ (?!%)|\{(?=[a-z.@])|\} ?", text):
             if match[1]:
-                labels[match[1]] = len(code)
+                inline, name = match[1][0] != "$", match[1]
+                labels[f"{name} {sum(each.startswith(name) for each in labels)}" if inline else name] = len(code)
             text = text[match.end() :]
         if not text or text.startswith("."):
             continue
         match = re.match(r"(?:@(!?%?\w+) )?(\S+) ?(.*)", text)
         assert match
-        code.append((match[2], re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", match[3]), match[1]))
+        operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", match[3])
+        if match[2] == "bra" and operands[0][0] != "$":
+            operands = [max((each for each in labels if each.startswith(operands[0])), key=lambda each: labels[each])]
+        code.append((match[2], operands, match[1]))
     return code, labels
 
 

@@ -5,10 +5,16 @@ and the producer loads the next one's operands while the consumers store the las
 shared memory, which transposes it).
 
 Tiles of the result seldom fill the last round of all multiprocessors. Where that leaves room, the tiles of the last
-round are cut along K. The program with the last slice waits for the sums of the others (partial_sums.py) and adds them
-in the order of the slices, so the result does not change from run to run. Only it waits, for programs of lower numbers,
-which wait for nobody. No launch has more programs than there are multiprocessors, so usually all run at once; where
-others hold some, GPUs start programs in the order of their numbers, as far as is known: CUDA does not promise it.
+round are cut along K. The programs of a tile's slices share its tokens out among them: each gives the others its sums
+for theirs, waits for those for its own (partial_sums.py) and adds them in the order of the slices from its own on, so
+the result does not change from run to run.
+
+They wait for each other, so all of them must run at once some time. No launch has more programs than there are
+multiprocessors, and those of a tile have numbers next to each other. Where something else holds multiprocessors, GPUs
+start programs in the order of their numbers, as far as is known; CUDA does not promise it. So of each launch at most
+one tile has programs that wait for one that is not yet running: on at most 15 multiprocessors (_MOST_SLICES), whatever
+else waits. All other programs end, and make room. Only if nine such launches of as many streams ran into each other
+could they hold all 132 of an H200.
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ from qwantize_vllm.matmul.gluon_pipeline import (
     store_tile,
     weight_descriptors,
 )
-from qwantize_vllm.matmul.gluon_sums import add_sums, leave_sums
+from qwantize_vllm.matmul.gluon_sums import exchange_sums, finished_eights
 from qwantize_vllm.matmul.gpu import multiprocessors
 from qwantize_vllm.matmul.partial_sums import area_of_stream
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
@@ -92,6 +98,7 @@ def matmul_wgmma(
         TensorDescriptor(x, [m, weight.shape[1]], [x.stride(0), 1], [shape.tokens, 64], X_LAYOUT),
         *weight_descriptors(weight.words, weight.scales),
         TensorDescriptor(y, [m, n], [n, 1], [shape.tokens, 64], X_LAYOUT),
+        TensorDescriptor(y, [m, n], [n, 1], [8, 64], X_LAYOUT),
         weight.global_scale,
         bias,
         weight.arrived if sums is None else sums,  # of the type that the kernel is compiled for
@@ -170,20 +177,17 @@ def _consume(buffers, extent, result, sums_ptr, PART: gl.constexpr, BLOCK_SIZE: 
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
         token, row, start, end, split, parts, cut = _place(work, extent, TOKENS)
         total, turn = multiply_chunks(buffers, start, end, turn, PART, BLOCK_SIZE)
-        first = cut * (parts - 1) * GROUPS + PART
-        if split + 1 < parts:
-            leave_sums(total, sums_ptr, first + split * GROUPS)
-        else:
-            for other in range(parts - 1):
-                total = add_sums(total, sums_ptr, first + other * GROUPS)
-            _finish(total, result, row * GROUPS + PART, token * TOKENS)
+        if parts > 1:
+            total = exchange_sums(total, sums_ptr, cut * parts * GROUPS + PART, GROUPS, split, parts)
+        _finish(total, result, row * GROUPS + PART, token * TOKENS, split, parts)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _finish(total, result, group, token):
-    """y = total * global_scale + bias."""
-    y_desc, y_buf, global_scale_ptr, global_scale_stride, bias_ptr, n = result
+def _finish(total, result, group, token, split, parts):
+    """y = total * global_scale + bias; where K is cut, of the tokens that this slice's program finishes."""
+    y_desc, eight_desc, y_buf, global_scale_ptr, global_scale_stride, bias_ptr, n = result
+    TOKENS: gl.constexpr = y_buf.shape[0]
     row = group * 64 + gl.arange(0, 64, gl.SliceLayout(1, total.type.layout))
     factor = gl.load(global_scale_ptr + row * global_scale_stride, mask=row < n, other=0.0)
     RESCALE: gl.constexpr = 2.0**8 if y_desc.dtype == gl.bfloat16 else 2.0**7
@@ -193,7 +197,27 @@ def _finish(total, result, group, token):
     tma.store_wait(0)
     y_buf.permute((1, 0)).store(y.to(y_desc.dtype))
     fence_async_shared()
-    store_tile(y_desc, [token, group * 64], y_buf)
+    if parts == 1:
+        store_tile(y_desc, [token, group * 64], y_buf)
+    else:
+        eights = _as_eights(y_buf)
+        first, behind = finished_eights(TOKENS, split, parts)
+        for eight in range(first, behind):
+            store_tile(eight_desc, [token + eight * 8, group * 64], eights.index(eight))
+
+
+# Shared memory (tokens, 64) as (tokens/8, 8, 64), by its name in Triton 3.6 or the later one.
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):
+
+    @gluon.jit
+    def _as_eights(buffer):
+        return buffer.reinterpret(buffer.dtype, [buffer.shape[0] // 8, 8, 64], buffer.layout)
+
+else:
+
+    @gluon.jit
+    def _as_eights(buffer):
+        return buffer._reinterpret(buffer.dtype, [buffer.shape[0] // 8, 8, 64], buffer.layout)
 
 
 _SIZES = ["n", "tiles", "chunks", "whole", "works", "token_tiles", "row_tiles", "splits", "global_scale_stride"]
@@ -206,6 +230,7 @@ def _wgmma_kernel(
     words_desc,
     scales_desc,
     y_desc,
+    eight_desc,
     global_scale_ptr,
     bias_ptr,
     sums_ptr,
@@ -231,8 +256,8 @@ def _wgmma_kernel(
     buffers = make_buffers(operands, GROUPS, X_TILES, X_STAGES, STAGES)
     y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS, TOKENS, 64], y_desc.layout)
     extent = (tiles, chunks, whole, works, token_tiles, row_tiles, splits)
-    first = (y_desc, y_bufs.index(0), global_scale_ptr, global_scale_stride, bias_ptr, n)
-    second = (y_desc, y_bufs.index(1), global_scale_ptr, global_scale_stride, bias_ptr, n)
+    first = (y_desc, eight_desc, y_bufs.index(0), global_scale_ptr, global_scale_stride, bias_ptr, n)
+    second = (y_desc, eight_desc, y_bufs.index(1), global_scale_ptr, global_scale_stride, bias_ptr, n)
     if GROUPS == 2:
         gl.warp_specialize(
             [
@@ -244,7 +269,7 @@ def _wgmma_kernel(
             [240, 24],
         )
     else:
-        third = (y_desc, y_bufs.index(2), global_scale_ptr, global_scale_stride, bias_ptr, n)
+        third = (y_desc, eight_desc, y_bufs.index(2), global_scale_ptr, global_scale_stride, bias_ptr, n)
         gl.warp_specialize(
             [
                 (_consume, (buffers, extent, first, sums_ptr, 0, BLOCK_SIZE, DEPENDENT)),

@@ -2,7 +2,8 @@
 
 A tile of the result takes its multiprocessor a time that depends on the shape and on K alone. All multiprocessors take
 tiles in rounds; in the last round, where few are left, K is cut into slices, whose sums have to be added. From these
-the time of a launch follows: of 82 on two H200s (Llama's layers, 64 to 1,024 tokens) 59 to 5 %, the worst to 12 %.
+the time of a launch follows: of 84 on an H200 (Llama's layers, 64 to 1,024 tokens) 58 to 5 %, the worst to 15 %; what
+is chosen takes up to 2 % longer than the best.
 
 Nothing is measured while serving. The times below were fitted to such launches; `python scripts/tune_matmul.py`
 measures them on the GPU at hand (an H200 that it has made warm takes up to 8 % longer).
@@ -14,6 +15,7 @@ import functools
 from typing import NamedTuple
 
 _SHORTEST_SLICE = 4  # chunks of 256 columns
+_MOST_SLICES = 16  # of a tile: its programs wait for each other (gluon_wgmma.py)
 
 
 class WgmmaShape(NamedTuple):
@@ -44,9 +46,9 @@ STEPS = {
     WgmmaShape(128, 3, 2, 2, 3): 0.531,
     WgmmaShape(256, 2, 1, 3, 3): 0.700,
 }
-# Microseconds for 64 rows and one token of a tile: to store them; where K is cut, to leave a slice's sums to another
-# program, and for that one to add those of each slice but its own.
-_STORE, _LEAVE, _ADD = 0.0036, 0.0047, 0.0083
+# Microseconds for 64 rows and one token of a tile: to store them; where K is cut, to leave sums to another program, and
+# for that one to add them.
+_STORE, _EXCHANGE = 0.0036, 0.020
 
 
 @functools.lru_cache(maxsize=4096)
@@ -58,7 +60,7 @@ def choose_wgmma_shape(tokens: int, groups: int, tiles: int, programs: int) -> W
 def rounds(shape: WgmmaShape, tokens: int, groups: int, tiles: int, programs: int) -> Rounds:
     results = -(-tokens // shape.tokens) * -(-groups // shape.groups)
     last = results % programs
-    splits = min(programs // last, -(-tiles // 4) // _SHORTEST_SLICE) if last else 1
+    splits = min(programs // last, -(-tiles // 4) // _SHORTEST_SLICE, _MOST_SLICES) if last else 1
     return Rounds(results - last, last, max(1, splits))
 
 
@@ -67,5 +69,6 @@ def estimate(shape: WgmmaShape, tokens: int, groups: int, tiles: int, programs: 
     whole, last, splits = rounds(shape, tokens, groups, tiles, programs)
     size = shape.tokens * shape.groups
     full = tiles * STEPS[shape] + size * _STORE
-    rest = tiles * STEPS[shape] / splits + size * (_STORE + (_LEAVE + (splits - 1) * _ADD if splits > 1 else 0))
+    # A program gives away all but its part of the tile, and adds as many sums to that part.
+    rest = tiles * STEPS[shape] / splits + size * (_STORE + _EXCHANGE * (splits - 1) / splits)
     return whole // programs * full + (rest if last else 0.0)

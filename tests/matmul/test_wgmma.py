@@ -204,43 +204,48 @@ def test_one_compiled_kernel_serves_products_cut_or_not(monkeypatch):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rounds_cover_every_tile_and_cut_only_the_last(shape):
-    for tokens, groups, tiles in ((65, 1, 1), (200, 64, 64), (256, 448, 64), (1000, 96, 224), (8192, 896, 128)):
+    for tokens, groups, tiles in ((65, 1, 1), (200, 64, 64), (256, 448, 64), (1000, 96, 224), (64, 2, 832)):
         whole, last, splits = rounds(shape, tokens, groups, tiles, 132)
         assert (whole + last) * shape.tokens * shape.groups >= tokens * groups
         assert whole % 132 == 0
         assert 0 <= last < 132
         assert last * splits <= 132
         assert splits == 1 or tiles >= 16 * splits
+        assert splits <= 16
 
 
 def test_the_shape_is_the_one_that_measured_best():
     """Llama's layers on an H200, microseconds of each shape in CUDA graphs, as `matmul_wgmma` takes it: the choice is
-    within 6 % of the best one's time. The constants were fitted to these and others."""
+    within 2 % of the best one's time. _EXCHANGE was fitted to these. (Timed before clocks were left to settle: the same
+    launch, timed again, took up to a quarter longer.)"""
     measured = {
-        (64, 64, 64): (12.1, 15.6, None, None, None),
-        (128, 64, 64): (14.2, 16.6, 17.0, 22.0, None),
-        (256, 64, 64): (20.1, 27.0, 18.6, 22.3, 34.5),
-        (512, 64, 64): (36.8, 39.1, 27.9, 34.7, 34.3),
-        (1024, 64, 64): (71.9, 74.0, 51.1, 59.2, 53.8),
-        (64, 96, 64): (14.0, 15.9, None, None, None),
-        (128, 96, 64): (19.9, 18.5, 18.3, 22.6, None),
-        (256, 96, 64): (29.9, 27.9, 26.1, 25.1, 32.9),
-        (512, 96, 64): (54.1, 52.1, 44.3, 39.1, 45.0),
-        (64, 64, 224): (22.4, 26.4, None, None, None),
-        (128, 64, 224): (35.6, 35.2, 33.2, 39.7, None),
-        (256, 64, 224): (62.2, 80.5, 52.3, 52.9, 66.1),
-        (512, 64, 224): (123.4, 122.7, 97.1, 112.9, 96.6),
-        (64, 448, 64): (40.1, 41.4, None, None, None),
-        (128, 448, 64): (68.2, 66.9, 56.1, 62.0, None),
-        (256, 448, 64): (126.5, 126.7, 101.4, 96.7, 94.6),
-        (512, 448, 64): (248.2, 246.6, 190.9, 183.2, 184.7),
+        (64, 64, 64): (10.4, 12.5, None, None, None),
+        (128, 64, 64): (13.0, 14.8, 13.2, 16.5, None),
+        (256, 64, 64): (19.7, 25.3, 17.9, 19.8, 21.8),
+        (512, 64, 64): (36.7, 37.0, 27.7, 34.3, 29.9),
+        (1024, 64, 64): (71.2, 70.0, 53.5, 56.3, 51.8),
+        (64, 96, 64): (13.2, 13.1, None, None, None),
+        (128, 96, 64): (19.4, 17.0, 16.7, 17.6, None),
+        (256, 96, 64): (29.3, 26.0, 25.6, 23.9, 28.6),
+        (512, 96, 64): (54.2, 50.2, 42.9, 39.6, 45.4),
+        (1024, 96, 64): (107.0, 98.7, 81.5, 74.8, 81.9),
+        (64, 64, 224): (20.6, 21.8, None, None, None),
+        (128, 64, 224): (34.8, 34.3, 30.1, 32.8, None),
+        (256, 64, 224): (62.2, 75.9, 49.6, 51.2, 52.7),
+        (512, 64, 224): (129.4, 118.8, 96.0, 112.9, 90.7),
+        (1024, 64, 224): (252.4, 246.6, 194.4, 186.8, 168.1),
+        (64, 448, 64): (37.3, 36.3, None, None, None),
+        (128, 448, 64): (67.9, 64.1, 52.9, 55.3, None),
+        (256, 448, 64): (124.4, 119.6, 98.1, 94.6, 94.0),
+        (512, 448, 64): (263.2, 234.6, 190.3, 179.3, 177.1),
+        (1024, 448, 64): (502.4, 449.7, 375.1, 351.2, 340.7),
     }
     for (tokens, groups, tiles), times in measured.items():
         known = {shape: time for shape, time in zip(SHAPES, times, strict=True) if time is not None}
         chosen = choose_wgmma_shape(tokens, groups, tiles, 132)
-        assert known[chosen] <= 1.06 * min(known.values()), (tokens, groups, tiles, chosen)
+        assert known[chosen] <= 1.02 * min(known.values()), (tokens, groups, tiles, chosen)
         for shape, time in known.items():
-            assert estimate(shape, tokens, groups, tiles, 132) + 3.0 == pytest.approx(time, rel=0.12)
+            assert estimate(shape, tokens, groups, tiles, 132) + 2.5 == pytest.approx(time, rel=0.15)
 
 
 def test_without_wgmma_another_kernel_serves_as_many_tokens():
