@@ -82,13 +82,18 @@ def rehearse(settings: QwantizeSettings, weight: torch.Tensor) -> None:
 def compile_together(settings: QwantizeSettings, weight: torch.Tensor) -> None:
     """Compile what `rehearse` launches for a weight (N, K) on a GPU, all at once."""
     from triton.runtime import driver
+    from triton.runtime.cache import triton_key
 
     from qwantize_vllm.search.triton_quality import signal_and_noise_triton
     from qwantize_vllm.search.triton_sse import search_sse
 
-    driver.active.get_current_target()  # makes the driver, which threads would do one and all
     # Triton compiles for the current device of a thread.
     with ThreadPoolExecutor(_THREADS, initializer=torch.cuda.set_device, initargs=(weight.device,)) as pool:
+        # Two that all compilations need, and each thread would make for itself: Triton's version, and meanwhile the
+        # driver, a part of which is compiled from C.
+        version = pool.submit(triton_key)
+        driver.active.get_current_target()
+        version.result()
         jobs: list[Future[None]] = []
 
         def launch(*launched: Any, **constants: Any) -> None:
