@@ -8,7 +8,7 @@ What a launch would have Triton compile it says in JSON (`jit_cache_hook`, `JITF
 neither the tensors nor the GPU. (With VLLM_USE_STANDALONE_COMPILE=0 vLLM moves Triton's cache after the load, and they
 are compiled again as they are launched.)
 
-    python -m qwantize_vllm.matmul.compile_process < requests    # the JSON of a `Request` a line
+    python -m qwantize_vllm.matmul.compile_process < requests    # the JSON of a `Request` a line, up to an empty one
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ class _Process:
         try:
             while (request := self._next()) is not None:
                 print(json.dumps(dataclasses.asdict(request)), file=file, flush=True)
+            print(file=file, flush=True)  # closing the file is no end where a fork has it open
         except BrokenPipeError:  # the process has ended, and says why
             with _lock:
                 self._retire()
@@ -178,7 +179,9 @@ def compile_all(file: IO[str]) -> None:
 
     jobs: list[tuple[Request, list[Future[None]]]] = []
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        for line in file:
+        for line in iter(file.readline, ""):
+            if line == "\n":
+                break
             request = Request(**json.loads(line))
             driver.set_active(_Target(GPUTarget(*request.target)))
             jobs.append((request, [pool.submit(_compile, request.parent, *kernel) for kernel in request.kernels]))

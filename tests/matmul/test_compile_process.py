@@ -47,6 +47,13 @@ def test_that_there_is_no_process_the_log_says_too(cache, monkeypatch, caplog):
     assert "/nowhere/python" in caplog.text
 
 
+def test_the_process_ends_though_somebody_has_its_input_open():
+    command = [sys.executable, "-m", compile_process.__name__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as process:
+        print(file=process.stdin, flush=True)
+        assert process.wait(timeout=120) == 0
+
+
 @pytest.mark.parametrize(
     ("request_", "why"),
     [
