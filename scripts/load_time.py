@@ -7,8 +7,8 @@ Writes a checkpoint of random weights (16 GB for llama-3-8b; gone at the end, un
 after the other, in turn with qwantize and without, each in a process of its own. The first start of either finds no
 compiled kernel; later ones find what the first has left, but with --fresh. "ready" is the time that `vllm.LLM(...)`
 takes, without importing vLLM. Files are in the system's cache, the checkpoint's as they have just been written, those
-of libraries as one layer of the model is started before, which does not count: --evict has every start read the
-checkpoint from the disk.
+of libraries as one layer of the model is started before with each method, which does not count: --evict has every start
+read the checkpoint from the disk.
 """
 
 from __future__ import annotations
@@ -83,20 +83,18 @@ def main(
     with _work_folder(folder) as work:
         checkpoint = work / f"{shape}-{config['num_hidden_layers']}-layers"
         _prepare(checkpoint, config)
-        _start_a_layer(shape, work, options)
+        with _one_layer(shape, work) as layer:
+            failed = sum(_try(method, 0, True, layer, work, options) is None for method in METHODS)
         done: list[Start] = []
-        failed = 0
         for number in range(1, starts + 1):
             for method in METHODS:
-                try:
-                    if evict:
-                        _evict(checkpoint)
-                    done.append(_start(method, number, fresh or number == 1, checkpoint, work, options))
-                except Exception as error:
+                if evict:
+                    _evict(checkpoint)
+                start = _try(method, number, fresh or number == 1, checkpoint, work, options)
+                if start is None:
                     failed += 1
-                    console.print(f"FAILED: start {number} of {method}: {type(error).__name__}: {error}", markup=False)
-                    console.print(tail(_log_of(work, method, number)), markup=False)
                     continue
+                done.append(start)
                 _show_start(done[-1])
                 if out:
                     out.write_text(json.dumps([dataclasses.asdict(each) for each in done], indent=1) + "\n")
@@ -125,12 +123,24 @@ def _prepare(checkpoint: Path, config: dict[str, Any]) -> None:
     console.print(f"{checkpoint}: {size / GIB:.2f} GiB written in {time.perf_counter() - began:.1f} s")
 
 
-def _start_a_layer(shape: str, work: Path, options: dict[str, Any]) -> None:
-    """So that the first start does not pay for what the next ones find in the system's cache."""
+@contextlib.contextmanager
+def _one_layer(shape: str, work: Path) -> Iterator[Path]:
+    """To be started so that no first start pays for what others find in the system's cache."""
     checkpoint = work / f"{shape}-one-layer"
+    shutil.rmtree(checkpoint, ignore_errors=True)
     _prepare(checkpoint, llama_config(shape, 1))
-    _start("qwantize", 0, True, checkpoint, work, options)
+    yield checkpoint
     shutil.rmtree(checkpoint)
+
+
+def _try(method: str, number: int, first: bool, checkpoint: Path, work: Path, options: dict[str, Any]) -> Start | None:
+    """None if it failed, which is printed."""
+    try:
+        return _start(method, number, first, checkpoint, work, options)
+    except Exception as error:
+        console.print(f"FAILED: start {number} of {method}: {type(error).__name__}: {error}", markup=False)
+        console.print(tail(_log_of(work, method, number)), markup=False)
+        return None
 
 
 def _start(method: str, number: int, first: bool, checkpoint: Path, work: Path, options: dict[str, Any]) -> Start:

@@ -6,6 +6,7 @@ LLM(..., worker_cls="measured_worker.MeasuredWorker").collective_rpc("figures")
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import re
 import time
@@ -26,8 +27,8 @@ _FIGURES: dict[str, Any] = {}  # of this process's worker
 
 class MeasuredWorker(Worker):
     """What it notes, in seconds: load, of which quantize; profile (torch.compile is in it); warm_up (graphs are
-    captured in it). In bytes: weights; on a GPU peak_allocated and peak_reserved of PyTorch while they were loaded, and
-    by the names of kernels of Triton's the seconds that this process took to compile them: compiled."""
+    captured in it); on a GPU compiled, by the names of kernels of Triton's that this process compiled, added up over
+    its threads. In bytes: weights; on a GPU peak_allocated and peak_reserved of PyTorch while they were loaded."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         _note_summaries()
@@ -47,7 +48,7 @@ class MeasuredWorker(Worker):
             return super().compile_or_warm_up_model()
 
     def figures(self) -> dict[str, Any]:
-        return _FIGURES
+        return copy.deepcopy(_FIGURES)
 
 
 @contextlib.contextmanager

@@ -8,22 +8,22 @@ What a launch would have Triton compile it says in JSON (`jit_cache_hook`, `JITF
 neither the tensors nor the GPU. (With VLLM_USE_STANDALONE_COMPILE=0 vLLM moves Triton's cache after the load, and they
 are compiled again as they are launched.)
 
-    python -m qwantize_vllm.matmul.compile_process < requests    # the JSON of a `Request` a line, up to an empty one
+    python -m qwantize_vllm.matmul.compile_process < requests    # the JSON of a list of `Request`
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib
 import json
 import logging
 import os
-import queue
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
@@ -31,12 +31,15 @@ from typing import IO, Any
 logger = logging.getLogger(f"vllm.{__name__}")
 
 # The engine needs one core for itself, and launches no kernel before it has spent half a minute on other work; all of
-# Llama 3 8B's take a core 30 s to compile. A process takes 0.4 GB, and several seconds to import PyTorch and Triton:
-# one compiles what all layers ask for, and ends when none has asked for so long.
+# Llama 3 8B's take a core 30 s to compile. A process takes 0.4 GB, and several seconds to import PyTorch and Triton: so
+# there is one at a time, for all that layers have asked for when none has for so long.
 _MOST_THREADS = 4
-_PATIENCE = 5.0
+_PATIENCE = 1.0
 _MARK = "qwantize-compiled"
 _NICENESS = 5  # loading goes first where there are few cores
+_lock = threading.Lock()  # for what follows
+_waiting: list[Request] = []
+_thread: threading.Thread | None = None  # which takes them
 
 
 @dataclasses.dataclass
@@ -96,72 +99,56 @@ def start_compiling(request: Request) -> threading.Thread | None:
 
     What fails to compile fails where it is launched too, and says so there; a line in the log says it here.
     """
-    global _process
+    global _thread
     if not request.kernels or request.done:
         return None
     with _lock:
-        if _process is None:
-            _process = _Process()
-            _process.thread.start()
-        _process.requests.put(request)
-        return _process.thread
+        if _thread is None:
+            thread = threading.Thread(target=_run, name="qwantize-compiling", daemon=True)
+            thread.start()
+            _thread = thread
+        _waiting.append(request)
+        return _thread
 
 
-class _Process:
-    """One that compiles, and the thread that tells it what, and waits for it."""
-
-    def __init__(self) -> None:
-        self.requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._run, name="qwantize-compiling", daemon=True)
-
-    def _run(self) -> None:
+def _run() -> None:
+    while requests := _gather():
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", __name__],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        except OSError as error:
-            with _lock:
-                self._retire()
-            tell_failure(str(error))
-            return
-        self._write_requests(process.stdin)
-        _, errors = process.communicate()
-        if process.returncode:
-            tell_failure(errors[-2000:].strip())
+            _compile_elsewhere(requests)
+        except Exception as error:
+            tell_failure(f"{type(error).__name__}: {error}")
 
-    def _write_requests(self, file: IO[str] | None) -> None:
-        try:
-            while (request := self._next()) is not None:
-                print(json.dumps(dataclasses.asdict(request)), file=file, flush=True)
-            print(file=file, flush=True)  # closing the file is no end where a fork has it open
-        except BrokenPipeError:  # the process has ended, and says why
-            with _lock:
-                self._retire()
 
-    def _next(self) -> Request | None:
-        """None if there is none for a while."""
-        with contextlib.suppress(queue.Empty):
-            return self.requests.get(timeout=_PATIENCE)
+def _gather() -> list[Request]:
+    """All requests, once none has come for a while. There may be none: then the next one gets a thread of its own."""
+    global _thread
+    known = -1
+    while True:
+        time.sleep(_PATIENCE)
         with _lock:
-            if not self.requests.empty():  # it has come this moment
-                return self.requests.get()
-            self._retire()
-            return None
-
-    def _retire(self) -> None:
-        """Whoever wants something from now on gets another process."""
-        global _process
-        if _process is self:
-            _process = None
+            if len(_waiting) == known or not _waiting:
+                requests = list(_waiting)
+                _waiting.clear()
+                _thread = _thread if requests else None
+                return requests
+            known = len(_waiting)
 
 
-_lock = threading.Lock()
-_process: _Process | None = None
+def _compile_elsewhere(requests: list[Request]) -> None:
+    # A file: of a pipe there is no end as long as a fork of this process has it open.
+    with tempfile.TemporaryFile("w+") as file:
+        json.dump([dataclasses.asdict(request) for request in requests], file)
+        file.seek(0)
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", __name__],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdin=file,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    if done.returncode:
+        tell_failure(done.stderr[-2000:].strip() or f"their process ended with {done.returncode}")
 
 
 def tell_failure(why: str) -> None:
@@ -177,20 +164,17 @@ def compile_all(file: IO[str]) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    jobs: list[tuple[Request, list[Future[None]]]] = []
+    failed: list[BaseException] = []
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        for line in iter(file.readline, ""):
-            if line == "\n":
-                break
-            request = Request(**json.loads(line))
+        jobs: list[tuple[Request, list[Future[None]]]] = []
+        for request in (Request(**each) for each in json.load(file)):
             driver.set_active(_Target(GPUTarget(*request.target)))
             jobs.append((request, [pool.submit(_compile, request.parent, *kernel) for kernel in request.kernels]))
-    failed = []
-    for request, compiled in jobs:
-        errors = [error for job in compiled if (error := job.exception())]
-        failed += errors
-        if not errors:
-            request.mark_done()
+        for request, compiled in jobs:
+            errors = [error for job in compiled if (error := job.exception())]
+            failed += errors
+            if not errors:
+                request.mark_done()
     if failed:
         raise BaseExceptionGroup("kernels that do not compile", failed)
 

@@ -6,15 +6,15 @@ shared memory, which transposes it).
 
 Tiles of the result seldom fill the last round of all multiprocessors. Where that leaves room, the tiles of the last
 round are cut along K. The programs of a tile's slices share its tokens out among them: each gives the others its sums
-for theirs, waits for those for its own (partial_sums.py) and adds them in the order of the slices from its own on, so
-the result does not change from run to run.
+for theirs, waits for those for its own (partial_sums.py) and adds them in the order of the slices from its own on. So
+the result does not change from run to run, but a token's last bits depend on its place among the others.
 
 They wait for each other, so all of them must run at once some time. No launch has more programs than there are
 multiprocessors, and those of a tile have numbers next to each other. Where something else holds multiprocessors, GPUs
 start programs in the order of their numbers, as far as is known; CUDA does not promise it. So of each launch at most
 one tile has programs that wait for one that is not yet running: on at most 15 multiprocessors (_MOST_SLICES), whatever
-else waits. All other programs end, and make room. Only if nine such launches of as many streams ran into each other
-could they hold all 132 of an H200.
+else waits. All other programs end, and make room. Only if such launches of many streams ran into each other, one for
+each 15 multiprocessors there are, could they hold them all.
 """
 
 from __future__ import annotations

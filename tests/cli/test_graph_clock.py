@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import types
 
 import pytest
@@ -17,13 +18,17 @@ LAUNCH_OF_A_GRAPH = 0.5
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """In place of torch.cuda: `call(copy, milliseconds)` gives a call, `ran` says which copies were run or captured."""
-    gpu = types.SimpleNamespace(now=0.0, capture=None, ran=[], captured=[], cannot_capture=None)
+    """In place of torch.cuda: `call(copy, milliseconds)` gives a call, `ran` says which copies were run or captured;
+    from `hot_at` on everything takes a quarter longer."""
+    gpu = types.SimpleNamespace(now=0.0, hot_at=math.inf, capture=None, ran=[], captured=[], cannot_capture=None)
+
+    def spend(milliseconds):
+        gpu.now += milliseconds if gpu.now < gpu.hot_at else 1.25 * milliseconds
 
     def call(copy, milliseconds):
         def run():
             if gpu.capture is None:
-                gpu.now += milliseconds
+                spend(milliseconds)
                 gpu.ran.append(copy)
                 return
             if gpu.cannot_capture:
@@ -37,7 +42,7 @@ def gpu(monkeypatch):
         milliseconds = LAUNCH_OF_A_GRAPH
 
         def replay(self):
-            gpu.now += self.milliseconds
+            spend(self.milliseconds)
 
     class Event:
         def __init__(self, enable_timing):
@@ -75,6 +80,12 @@ def test_all_copies_take_turns_in_one_graph_until_its_launch_hardly_counts(gpu):
     assert timing.seconds == pytest.approx(1e-4 + LAUNCH_OF_A_GRAPH / 66000)
 
 
+def test_a_call_is_timed_once_the_gpu_is_as_hot_as_it_gets(gpu):
+    gpu.hot_at = 250
+    timing = time_call([gpu.call(copy, 0.1) for copy in range(6)], CUDA)
+    assert timing.seconds == pytest.approx(1.25 * (1e-4 + LAUNCH_OF_A_GRAPH / 66000))
+
+
 def test_long_calls_are_captured_fewer_times(gpu):
     assert time_call([gpu.call(copy, 20) for copy in range(2)], CUDA).seconds == pytest.approx(0.02, rel=0.02)
     assert gpu.captured == [0, 1]
@@ -82,7 +93,7 @@ def test_long_calls_are_captured_fewer_times(gpu):
 
 def test_what_cannot_be_captured_is_timed_by_events(gpu, monkeypatch):
     gpu.cannot_capture = RuntimeError("operation not permitted when stream is capturing\nlong story")
-    monkeypatch.setattr(graph_clock, "median_seconds", lambda call, device: 0.125)
+    monkeypatch.setattr(graph_clock, "median_seconds", lambda call, device: 0.125 if gpu.now > 250 else 0.1)
     timing = time_call([gpu.call(0, 1)], CUDA)
     assert timing == Timing(0.125, "events", "operation not permitted when stream is capturing")
 

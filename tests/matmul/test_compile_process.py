@@ -47,11 +47,33 @@ def test_that_there_is_no_process_the_log_says_too(cache, monkeypatch, caplog):
     assert "/nowhere/python" in caplog.text
 
 
-def test_the_process_ends_though_somebody_has_its_input_open():
-    command = [sys.executable, "-m", compile_process.__name__]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as process:
-        print(file=process.stdin, flush=True)
-        assert process.wait(timeout=120) == 0
+def test_requests_that_come_while_others_are_compiled_are_next(cache, monkeypatch):
+    lists = []
+
+    def compile_elsewhere(requests):
+        lists.append(requests)
+        if len(lists) == 1:
+            assert start_compiling(third) is thread
+            raise RuntimeError("as if there were no memory for a process")
+
+    monkeypatch.setattr(compile_process, "_compile_elsewhere", compile_elsewhere)
+    first, second, third = (Request([(NORM, name, "{}")], ["source"], ["cuda", 90, 32]) for name in "abc")
+    thread = start_compiling(first)
+    assert start_compiling(second) is thread
+    thread.join(timeout=60)
+    assert lists == [[first, second], [third]]
+    assert start_compiling(first) is not thread, "it has ended"
+
+
+def test_a_process_that_is_killed_is_told_of(cache, monkeypatch, caplog, tmp_path):
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        start_compiling(Request([(NORM, "_gate_kernel", "{}")], ["source"], ["cuda", 90, 32])).join()
+    assert "their process ended with -9" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def time_call(calls: Sequence[Callable[[], object]], device: torch.device) -> Ti
         raise
     except RuntimeError as error:  # of the capture: what the calls themselves raise, they raised when they were checked
         torch.cuda.synchronize(device)
+        _settle(calls[0], device)
         return Timing(median_seconds(calls[0], device), "events", str(error).splitlines()[0])
 
 
@@ -84,12 +85,18 @@ def _graph_seconds(calls: Sequence[Callable[[], object]], device: torch.device) 
         for _ in range(rounds):
             make_all_calls()
     graph.replay()
-    first = _milliseconds(graph.replay, device) / 1000
-    for _ in range(int(_SETTLE_SECONDS / first)):
-        _milliseconds(graph.replay, device)
+    first = _settle(graph.replay, device)
     replays = min(max(int(_REPEAT_SECONDS / first), 3), 100)
     milliseconds = statistics.median(_milliseconds(graph.replay, device) for _ in range(replays))
     return milliseconds / 1000 / (rounds * len(calls))
+
+
+def _settle(call: Callable[[], object], device: torch.device) -> float:
+    """Make the call until the GPU's clock is what it is under it; returns the seconds that the first one took."""
+    first = _milliseconds(call, device) / 1000
+    for _ in range(int(_SETTLE_SECONDS / first)):
+        _milliseconds(call, device)
+    return first
 
 
 def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
