@@ -248,20 +248,23 @@ def _parse(ptx: str) -> tuple[list[tuple[str, list[str], str | None]], dict[str,
     body = re.sub(r"//[^\n]*", "", body)
     body = re.sub(r"(?m)^\s*\.(loc|pragma|section|file|reg)\b[^\n]*$", "", body)
     code, labels = [], {}
+    inline: dict[str, str] = {}  # what the last label of a name is called in labels
     for statement in body.split(";"):
         text = " ".join(statement.split())
         while match := re.match(r"(\$?\w+): ?|\{ (?!%)|\{(?=[a-z.@])|\} ?", text):
             if match[1]:
-                inline, name = match[1][0] != "$", match[1]
-                labels[f"{name} {sum(each.startswith(name) for each in labels)}" if inline else name] = len(code)
+                label = match[1]
+                if label[0] != "$":
+                    label = inline[match[1]] = f"{match[1]} {len(code)}"
+                labels[label] = len(code)
             text = text[match.end() :]
         if not text or text.startswith("."):
             continue
         match = re.match(r"(?:@(!?%?\w+) )?(\S+) ?(.*)", text)
         assert match
         operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", match[3])
-        if match[2] == "bra" and operands[0][0] != "$":
-            operands = [max((each for each in labels if each.startswith(operands[0])), key=lambda each: labels[each])]
+        if match[2] == "bra":
+            operands = [inline.get(operands[0], operands[0])]
         code.append((match[2], operands, match[1]))
     return code, labels
 

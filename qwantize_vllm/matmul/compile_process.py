@@ -30,8 +30,8 @@ from typing import IO, Any
 # One of vLLM's loggers where there is vLLM.
 logger = logging.getLogger(f"vllm.{__name__}")
 
-# The engine needs one core for itself, and launches no kernel before it has spent half a minute on other work; all of
-# Llama 3 8B's take a core 30 s to compile. A process takes 0.4 GB, and several seconds to import PyTorch and Triton: so
+# An engine needs one core for itself, and launches few kernels before torch.compile has had half a minute; those of
+# Llama 3 8B take a core 25 s to compile. A process takes 0.4 GB, and several seconds to import PyTorch and Triton: so
 # there is one at a time, for all that layers have asked for when none has for so long.
 _MOST_THREADS = 4
 _PATIENCE = 1.0
@@ -115,7 +115,7 @@ def _run() -> None:
     while requests := _gather():
         try:
             _compile_elsewhere(requests)
-        except Exception as error:
+        except Exception as error:  # whatever it is, the requests that come next are others
             tell_failure(f"{type(error).__name__}: {error}")
 
 
@@ -127,9 +127,10 @@ def _gather() -> list[Request]:
         time.sleep(_PATIENCE)
         with _lock:
             if len(_waiting) == known or not _waiting:
+                if not _waiting:
+                    _thread = None
                 requests = list(_waiting)
                 _waiting.clear()
-                _thread = _thread if requests else None
                 return requests
             known = len(_waiting)
 
