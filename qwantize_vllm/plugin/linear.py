@@ -110,7 +110,7 @@ class QwantizeLinearMethod(LinearMethodBase):
         parts = self.quantized_parts(layer, weight)
         signal, noise = map(sum, zip(*(signal_and_noise(*part) for part in parts), strict=True))
         quantized = QuantizedLayer.of([q for _, q in parts], weight.dtype)
-        self._form = choose_form(self.settings, quantized)
+        self._form = self._form or choose_form(self.settings, quantized)
         after = self._form.keep(layer, quantized)
         setattr(layer, PROCESSED, True)
         self.report.quantized(self.name, weight.nbytes, after, signal, noise, began)

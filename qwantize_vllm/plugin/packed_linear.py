@@ -100,7 +100,7 @@ class PackedLinearMethod(LinearMethodBase):
                 f"qwantize: {self.name}: backend {self.settings.backend!r} takes one global scale a layer, the members "
                 "of this one have different ones in the checkpoint; choose backend: auto"
             )
-        self._form = choose_form(self.settings, quantized)
+        self._form = self._form or choose_form(self.settings, quantized)
         after = self._form.keep(layer, quantized)
         setattr(layer, PROCESSED, True)
         self.report.quantized(self.name, 0, after, 0.0, 0.0, began)

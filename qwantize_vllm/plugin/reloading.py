@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.model_loader.reload import layerwise
 
 
@@ -20,8 +21,10 @@ def check_arrived(layer: torch.nn.Module, name: str, numel: int, members: str) -
     """See that every element of a layer's weights was given, once.
 
     A checkpoint, or an update from a trainer, may have some members of a fused layer, or some experts, and lack others.
-    What came of an update that broke off elsewhere is still there when the next one comes: in the same order, it brings
-    some of it a second time before the layer is full.
+    A checkpoint may lack all of a layer, for which vLLM then has memory that nobody has written. (Of an update that has
+    nothing for a layer vLLM keeps the old weights, and does not ask.) What came of an update that broke off elsewhere
+    is still there when the next one comes: in the same order, it brings some of it a second time before the layer is
+    full.
 
     Args:
         numel: how many elements the weights have on this rank. members: what they are made of, for the message.
@@ -30,6 +33,11 @@ def check_arrived(layer: torch.nn.Module, name: str, numel: int, members: str) -
         ValueError: some are missing, or came twice.
     """
     info = layerwise.get_layerwise_info(layer)
+    if info.load_numel == 0 < numel and _reads_checkpoint():
+        raise ValueError(
+            f"qwantize: {name}: the checkpoint has no weight for it; give {members} (on this rank), or, if the model "
+            "does without, name the layer in the setting ignore"
+        )
     if 0 < info.load_numel < numel:
         raise ValueError(
             f"qwantize: {name}: {info.load_numel} of {numel} elements of its weight were given; "
@@ -45,6 +53,12 @@ def check_arrived(layer: torch.nn.Module, name: str, numel: int, members: str) -
             f"qwantize: {name}: of its weights {which} was given more than once, by this update or by one before it "
             "that broke off; give each once, again from the first"
         )
+
+
+def _reads_checkpoint() -> bool:
+    """Whether weights come from files; with `load_format: dummy` vLLM writes random ones into layers itself."""
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.load_config.load_format != "dummy"
 
 
 def check_not_moved(runner: Any, name: str, physical: int, logical: int) -> None:

@@ -160,7 +160,11 @@ class VllmForm:
         n, k = quantized.whole.shape
         describe(layer, n, k, quantized.dtype)
         _replace(layer, quantized.codes, quantized.block_scales, quantized.global_scales[0])
+        scratch = {name: each for name, each in vars(layer).items() if isinstance(each, torch.Tensor)}
         self.kernel.process_weights_after_loading(layer)
+        # Marlin of vLLM 0.25 makes a workspace each time, while CUDA graphs hold the address of the first one.
+        for name, tensor in scratch.items():
+            setattr(layer, name, tensor.copy_(getattr(layer, name)))
         return sum(tensor.nbytes for name, tensor in layer.named_parameters() if name != "bias")
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

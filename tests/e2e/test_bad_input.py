@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qwantize_vllm.hessian import save_hessians
 
 from .checkpoints import random_hessians, write_tiny
 from .conftest import Engines
+from .moe_checkpoints import QWEN3, write_moe
 
 pytestmark = pytest.mark.e2e
 
@@ -101,6 +104,41 @@ def test_infinity_alone(engines, tmp_path):
 
     log = engines.refuse(write_tiny(tmp_path / "broken", break_weight))
     assert "qwantize: model.layers.0.self_attn.qkv_proj: weight (256, 128) holds 0 NaN and 1 infinite elements" in log
+
+
+def lacks(*lacking: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    """For write_tiny: leaves out tensors by their names."""
+
+    def leave_out(tensors: dict[str, torch.Tensor]) -> None:
+        for name in lacking:
+            del tensors[name]
+
+    return leave_out
+
+
+def test_a_layer_that_the_checkpoint_lacks(engines, tmp_path):
+    """vLLM would give it memory that nobody has written."""
+    o_proj = "model.layers.1.self_attn.o_proj"
+    checkpoint = write_tiny(tmp_path / "without", lacks(f"{o_proj}.weight"))
+    log = engines.refuse(checkpoint)
+    assert f"qwantize: {o_proj}: the checkpoint has no weight for it; give {o_proj} (on this rank)" in log
+    assert "name the layer in the setting ignore" in log
+
+
+def test_a_fused_layer_that_the_checkpoint_lacks(engines, tmp_path):
+    mlp = "model.layers.0.mlp"
+    checkpoint = write_tiny(tmp_path / "without", lacks(f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"))
+    log = engines.refuse(checkpoint)
+    assert f"qwantize: {mlp}.gate_up_proj: the checkpoint has no weight for it; give {mlp}.gate_proj, {mlp}.up" in log
+
+
+def test_experts_that_the_checkpoint_lacks(engines, tmp_path):
+    checkpoint = write_moe(tmp_path / "whole", QWEN3)
+    file = checkpoint / "model.safetensors"
+    kept = {name: each for name, each in load_file(file).items() if ".layers.1.mlp.experts." not in name}
+    save_file(kept, file)
+    log = engines.refuse(checkpoint, dtype="float32")
+    assert "qwantize: model.layers.1.mlp.experts: the checkpoint has no weight for it; give gate, up and down" in log
 
 
 DOWN = "model.layers.0.mlp.down_proj"  # 16 blocks of 16

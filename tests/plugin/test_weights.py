@@ -77,6 +77,24 @@ def test_a_reload_keeps_the_scratch_that_cuda_graphs_know(kernel_on):
     assert relative_error(form.apply(layer, x, None), exact_product(x, second)) < TOLERANCE[torch.float16]
 
 
+class KernelWithWorkspace:
+    """Makes its workspace anew whenever it prepares a layer, as Marlin of vLLM 0.25 does."""
+
+    def process_weights_after_loading(self, layer):
+        layer.workspace = torch.full((4,), float(layer.weight_global_scale))
+
+
+def test_a_reload_keeps_the_workspace_of_a_kernel_of_vllm(monkeypatch):
+    monkeypatch.setattr(weights, "make_kernel", lambda name: KernelWithWorkspace())
+    first, second = quantize([70]), quantize([70], seed=1)
+    layer = new_layer()
+    VllmForm("marlin").keep(layer, first)
+    workspace = layer.workspace
+    VllmForm("marlin").keep(layer, second)
+    assert layer.workspace is workspace
+    assert workspace.tolist() == [float(second.global_scales[0])] * 4 != [float(first.global_scales[0])] * 4
+
+
 def test_a_cpu_gets_the_plain_form():
     assert isinstance(choose_form(QwantizeSettings(), quantize([70])), PlainForm)
 
