@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
 
 from qwantize_vllm import matmul_nvfp4, quantize_nvfp4
-from qwantize_vllm.cli.bench.matmul import command, competitors, report, summary
+from qwantize_vllm.cli.bench.graph_clock import Timing
+from qwantize_vllm.cli.bench.matmul import command, competitors, measure, report, summary
 from qwantize_vllm.cli.bench.matmul.error import exact_product, relative_error, sampled_rows
 from qwantize_vllm.cli.bench.matmul.measure import Cell, Plan
 from qwantize_vllm.cli.bench.shapes import Layer
@@ -228,6 +231,23 @@ def test_ratios_and_means_are_those_of_the_fastest():
     assert list(lines["fused"].times_as_fast.values()) == [pytest.approx(2), None, None]
     assert list(lines["marlin"].times_as_fast.values()) == [pytest.approx(8), None, pytest.approx(0.5)]
     assert (lines["auto"].of_copy, lines["auto"].largest_error) == (pytest.approx(0.5), 1e-3)
+
+
+def test_a_gpu_that_gets_slower_and_slower_favours_nobody(monkeypatch):
+    timed = itertools.count(1)
+    monkeypatch.setattr(measure, "time_call", lambda calls, device: Timing(1e-6 * next(timed), "graph"))
+    monkeypatch.setattr(measure, "copy_bytes_per_second", lambda device: 1e6)
+    plan = plan_of(1, 2)
+    found = measure.measure(plan)
+    assert [cell.us for cell in found.cells] == pytest.approx([4.5] * 4 + [12.5] * 4)
+    assert [cell.competitor for cell in found.cells] == ["bf16", "auto", "fused", "marlin"] * 2
+    assert [cell.of_copy for cell in found.cells] == pytest.approx([c.weight_bytes / c.us for c in found.cells])
+
+
+def test_what_fails_when_it_is_timed_again_has_no_time():
+    cell = cells_of(plan_of(1), {1: (8, 4, 2, 1)})[0]
+    failed = dataclasses.replace(cell, us=None, problem="RuntimeError: ")
+    assert measure._mean(cell, failed) == measure._mean(failed, cell) == failed
 
 
 def test_a_call_that_no_graph_takes_is_marked():

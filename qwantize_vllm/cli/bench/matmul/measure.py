@@ -52,7 +52,8 @@ class Cell:
 
     Attributes:
         copies, weight_bytes: how many copies of the weight took turns, and bytes that a call reads of one.
-        us: microseconds of a call; None where there is a problem, or nothing to multiply.
+        us: microseconds of a call, the mean of two times that it was timed; None where there is a problem, or nothing
+            to multiply.
         of_copy: bytes of the weight a second, over the bandwidth of a copy.
         method, no_graph: see `graph_clock.Timing`.
         error: relative error against float64, None where it was not checked.
@@ -101,7 +102,11 @@ class Results:
 
 
 def measure(plan: Plan) -> Results:
-    """The bandwidth of a copy first, then every layer with every number of tokens and every competitor."""
+    """The bandwidth of a copy first, then every layer with every number of tokens and every competitor.
+
+    Competitors are timed in their order and once more in the reverse, of which a figure is the mean: while a GPU gets
+    warmer, those that come later would be the slower ones.
+    """
     results = Results(copy_bytes_per_second(plan.device))
     with tqdm(total=len(plan.layers) * len(plan.tokens), unit="row", disable=None) as bar:  # none without a terminal
         for layer in plan.layers:
@@ -110,7 +115,9 @@ def measure(plan: Plan) -> Results:
             x = random_activations(plan.tokens[-1], layer.shape[1], plan.dtype, plan.device)
             for tokens in plan.tokens:
                 check = _Check(x[:tokens], q) if plan.check else None
-                results.cells += [entrant.run(layer, x[:tokens], check, results.copy) for entrant in entrants]
+                there = [entrant.run(layer, x[:tokens], check, results.copy) for entrant in entrants]
+                back = [entrant.run(layer, x[:tokens], None, results.copy) for entrant in reversed(entrants)]
+                results.cells += [_mean(*twice) for twice in zip(there, reversed(back), strict=True)]
                 bar.update()
     return results
 
@@ -162,6 +169,15 @@ class _Entrant:
             no_graph=timing.no_graph,
             error=error,
         )
+
+
+def _mean(first: Cell, second: Cell) -> Cell:
+    """One cell of two that differ in their times; what failed once has no time."""
+    if first.us is None or second.us is None:
+        return second if second.problem else first
+    us = (first.us + second.us) / 2
+    of_copy = None if first.of_copy is None else first.of_copy * first.us / us
+    return dataclasses.replace(first, us=us, of_copy=of_copy)
 
 
 def _copy(q: Nvfp4Tensor) -> Nvfp4Tensor:
