@@ -54,7 +54,15 @@ def serve(folder: Path, checkpoint: Path, *options: str, env: Mapping[str, str] 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint), "--quantization", "qwantize"]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "serve",
+        str(checkpoint),
+        "--quantization",
+        "qwantize",
+    ]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *options]
     log = folder / "server.log"
     environment = server_environment({"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **(env or {})})

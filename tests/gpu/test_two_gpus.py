@@ -12,18 +12,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
 pytest.importorskip("vllm")
 
-from tests.e2e.checkpoints import write_tiny
+from tests.e2e.checkpoints import write_byte_tokenizer, write_tiny
 from tests.e2e.compare import sequences_of, tensors_of, token_ids
 from tests.e2e.conftest import TINY_PROMPTS
-from tests.e2e.engine import Outcome, run_engine
+from tests.e2e.engine import PATIENCE, Outcome, run_engine
 from tests.e2e.moe_checkpoints import QWEN3, mixture_layers, write_moe
 from tests.e2e.probe import generate, score
 from tests.e2e.test_moe import assert_ranks_hold_experts
+from tests.e2e.test_serve import Server, serve
 from tests.e2e.test_tensor_parallel import MEMBERS, assert_ranks_hold
 
 from .plain import plain_tensors
@@ -163,6 +165,50 @@ def test_experts_are_moved_between_gpus_as_they_are(tmp_path: Path) -> None:
         assert [len(each) for each in held] == [3, 3]  # of 4 and 2 more
         assert {*held[0], *held[1]} == set(whole)
     assert_close("experts, balanced", one, two)
+
+
+def prompt_scores(server: Server) -> list[list[float]]:
+    """Log-probabilities of a prompt's tokens, in each of six answers."""
+    ask = {
+        "model": "tiny",
+        "prompt": list(range(3, 100)),
+        "max_tokens": 1,
+        "temperature": 0,
+        "echo": True,
+        "logprobs": 1,
+    }
+    with httpx.Client(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
+        choices = [client.post("/v1/completions", json=ask).json()["choices"][0] for _ in range(6)]
+    return [choice["logprobs"]["token_logprobs"][1:97] for choice in choices]
+
+
+def served_by(server: Server) -> int:
+    """How many engines have answered."""
+    with httpx.Client(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
+        lines = client.get("/metrics").text.splitlines()
+    counts = [line for line in lines if line.startswith("vllm:request_success_total") and 'reason="length"' in line]
+    return sum(float(line.split()[-1]) > 0 for line in counts)
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor parallel", "expert parallel"])
+def test_engines_side_by_side_share_their_experts(tmp_path: Path, expert_parallel: bool) -> None:
+    """Data parallelism: attention is there twice, each expert or half of it once."""
+    checkpoint = write_moe(tmp_path / "checkpoint", QWEN3)
+    write_byte_tokenizer(checkpoint)
+    options = ["--served-model-name", "tiny", "--max-model-len", "128", "--gpu-memory-utilization", "0.3"]
+    two = ["--data-parallel-size", "2", *(["--enable-expert-parallel"] if expert_parallel else [])]
+    scores = []
+    for name, more in (("one", []), ("two", two)):
+        (tmp_path / name).mkdir()
+        with serve(tmp_path / name, checkpoint, *options, *more) as server:
+            server.wait_until_healthy()
+            scores.append(prompt_scores(server))
+            assert served_by(server) == len(server.lines("qwantize summary: ")) == (2 if more else 1)
+    apart = [abs(a - b) for answer in scores[1] for a, b in zip(answer, scores[0][0], strict=True)]
+    print(
+        f"\nside by side: {len(apart)} log-probabilities, apart by {statistics.median(apart):.4f}, at most {max(apart):.4f}"
+    )
+    assert statistics.median(apart) < 0.05
 
 
 def experts_in(tensors: dict[str, torch.Tensor], at: str) -> list[bytes]:
