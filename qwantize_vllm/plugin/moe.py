@@ -45,8 +45,9 @@ def why_not_experts(moe: FusedMoEConfig, settings: QwantizeSettings) -> str | No
         return f"experts with activation {moe.activation.value}{' and '.join(['', *limits])} are not supported yet"
     if moe.is_lora_enabled:
         return "with LoRA vLLM puts kernels of its own in the experts' place"
-    if any(size % settings.block_size for size in sizes):
-        return f"K={sizes[0]} and K={sizes[1]} are not multiples of block_size {settings.block_size}"
+    if uneven := [f"K={size}" for size in dict.fromkeys(sizes) if size % settings.block_size]:
+        are = "is not a multiple" if len(uneven) == 1 else "are not multiples"
+        return f"{' and '.join(uneven)} {are} of block_size {settings.block_size}"
     return None
 
 

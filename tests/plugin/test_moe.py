@@ -54,12 +54,16 @@ def moe_config(**changes):
         ({"activation": MoEActivation.RELU2_NO_MUL}, "activation relu2_no_mul"),
         ({"is_lora_enabled": True}, "LoRA"),
         ({"swiglu_limit": 7.0}, "silu and swiglu_limit"),
-        ({"intermediate_size_per_partition": 40}, "K=64 and K=40 are not multiples of block_size 16"),
+        ({"intermediate_size_per_partition": 40}, "K=40 is not a multiple of block_size 16"),
+        ({"hidden_dim": 72}, "K=72 is not a multiple of block_size 16"),
+        ({"hidden_dim": 72, "intermediate_size_per_partition": 40}, "K=72 and K=40 are not multiples of block_size 16"),
+        ({"hidden_dim": 40, "intermediate_size_per_partition": 40}, "K=40 is not a multiple of block_size 16"),
     ],
 )
 def test_what_cannot_be_quantized_says_why(changes, reason):
     found = why_not_experts(moe_config(**changes), QwantizeSettings())
     assert found is None if reason is None else reason in found
+    assert reason is None or not reason.startswith("K=") or found == reason
 
 
 def test_experts_of_this_rank_in_the_order_in_which_it_holds_them():

@@ -230,7 +230,7 @@ def test_experts_that_are_quantized_in_parts_are_refused():
         ({"has_bias": True}, "biases are not supported yet"),
         ({"activation": MoEActivation.SWIGLUOAI}, "activation swigluoai"),
         ({"is_lora_enabled": True}, "with LoRA"),
-        ({"intermediate_size_per_partition": 40}, "K=40 are not multiples of block_size 16"),
+        ({"intermediate_size_per_partition": 40}, "K=40 is not a multiple of block_size 16"),
     ],
 )
 def test_experts_that_cannot_be_served_from_codes_are_refused(changes, reason):
