@@ -1,11 +1,13 @@
 """vLLM's own kernels for experts: Marlin, fed with the codes and scales of this package, and the dense one to compare.
 
-Written from the sources of vLLM 0.25.1 and 0.32.0. Nothing of its kernels is imported before a function is called.
+Written from the sources of vLLM 0.25.1, 0.32.0 and 0.33.0. Nothing of its kernels is imported before a function is
+called.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +15,22 @@ import torch
 
 from qwantize_vllm.format import Nvfp4Tensor
 
-_PREPARE = "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4"
-_MULTIPLY = "vllm.model_executor.layers.fused_moe.experts.marlin_moe"
+_LAYERS = "vllm.model_executor.layers"
+# What is called of vLLM: its module, and the arguments that it is given, which have these names in all three versions.
+_CALLED = {
+    "is_fp4_marlin_supported": (f"{_LAYERS}.quantization.utils.marlin_utils_fp4", ""),
+    "prepare_nvfp4_moe_layer_for_marlin": (
+        f"{_LAYERS}.quantization.utils.marlin_utils_fp4",
+        "layer w13 w13_scale w13_scale_2 w2 w2_scale w2_scale_2 is_act_and_mul",
+    ),
+    "marlin_make_workspace_new": (f"{_LAYERS}.quantization.utils.marlin_utils", "device max_blocks_per_sm"),
+    "fused_marlin_moe": (
+        f"{_LAYERS}.fused_moe.experts.marlin_moe",
+        "hidden_states w1 w2 bias1 bias2 w1_scale w2_scale topk_weights topk_ids quant_type_id global_num_experts "
+        "activation expert_map global_scale1 global_scale2 workspace",
+    ),
+}
+_BLOCKS_PER_SM = 4  # of which the kernel starts no more: each has a lock in the workspace
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -24,12 +40,19 @@ def why_not_marlin(dtype: torch.dtype) -> str | None:
         return "needs a CUDA GPU"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 or float16, got {dtype}"
+    name = ""
     try:
-        supported = importlib.import_module(_PREPARE).is_fp4_marlin_supported()
-        importlib.import_module(_MULTIPLY).fused_marlin_moe  # noqa: B018
+        for name, (_, arguments) in _CALLED.items():
+            inspect.signature(_function(name)).bind(**dict.fromkeys(arguments.split()))
+        supported = _function("is_fp4_marlin_supported")()
     except Exception as error:  # another vLLM may have moved, renamed or broken anything, here that is but a reason
-        return f"is not as expected in this version of vLLM: {type(error).__name__}: {error}".splitlines()[0]
+        what = f"{name}: {type(error).__name__}: {error}".splitlines()[0]
+        return f"is not as expected in this version of vLLM: {what}"
     return None if supported else "needs a GPU of compute capability 7.5"
+
+
+def _function(name: str) -> Any:
+    return getattr(importlib.import_module(_CALLED[name][0]), name)
 
 
 class MarlinExperts:
@@ -42,12 +65,17 @@ class MarlinExperts:
         """w13, w2: codes, block scales and global scales (E, 1) -> the same in Marlin's layout, by name."""
         layer.params_dtype = dtype
         tensors = [tensor.squeeze(-1) if tensor.shape[-1] == 1 else tensor for tensor in (*w13, *w2)]
-        prepared = importlib.import_module(_PREPARE).prepare_nvfp4_moe_layer_for_marlin(
-            layer, *tensors, is_act_and_mul=True
-        )
-        # Prepared once more when weights are reloaded, while CUDA graphs hold the address of the first one.
-        self._workspace = layer.workspace if self._workspace is None else self._workspace
+        prepared = _function("prepare_nvfp4_moe_layer_for_marlin")(layer, *tensors, is_act_and_mul=True)
+        self._clear_workspace(w13[0].device)
         return {"w13": prepared[:3], "w2": prepared[3:]}
+
+    def _clear_workspace(self, device: torch.device) -> None:
+        """Have one, all zeros, that stays where it is: vLLM 0.25.1 makes one with every weight, later ones make none,
+        but CUDA graphs hold its address over reloads, before which sleep mode may have lost what was in it."""
+        if self._workspace is None:
+            self._workspace = _function("marlin_make_workspace_new")(device, _BLOCKS_PER_SM)
+        else:
+            self._workspace.zero_()
 
     def apply(
         self,
@@ -60,17 +88,17 @@ class MarlinExperts:
     ) -> torch.Tensor:
         from vllm.scalar_type import scalar_types
 
-        y: torch.Tensor = importlib.import_module(_MULTIPLY).fused_marlin_moe(
-            x.contiguous(),
-            w13[0],
-            w2[0],
-            None,
-            None,
-            w13[1],
-            w2[1],
-            topk_weights.float(),
-            topk_ids,
-            scalar_types.float4_e2m1f.id,
+        y: torch.Tensor = _function("fused_marlin_moe")(
+            hidden_states=x.contiguous(),
+            w1=w13[0],
+            w2=w2[0],
+            bias1=None,
+            bias2=None,
+            w1_scale=w13[1],
+            w2_scale=w2[1],
+            topk_weights=topk_weights.float(),
+            topk_ids=topk_ids,
+            quant_type_id=scalar_types.float4_e2m1f.id,
             global_num_experts=layer.global_num_experts,
             activation=layer.activation,
             expert_map=layer.expert_map,
