@@ -42,6 +42,8 @@ def test_sources_are_merged_key_by_key_strongest_first():
         ({"gptq_order": "trace"}, ["gptq_order", "got 'trace'", "'loss' or 'natural'"]),
         ({"backend": "cublas"}, ["backend", "got 'cublas'", "'auto'", "'marlin'"]),
         ({"backend": "marlin", "block_size": 32}, ["backend 'marlin' takes blocks of 16, block_size is 32"]),
+        ({"backend": "vllm", "block_size": 32}, ["backend 'vllm' takes blocks of 16, block_size is 32"]),
+        ({"backend": "humming", "block_size": 32}, ["backend 'humming' takes blocks of 16, block_size is 32"]),
         ({"backend": "vllm", "global_scale": "amax_per_member"}, ["'vllm'", "one global scale a layer"]),
     ],
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("vllm")
 
 from qwantize_vllm.checkpoint import LAYOUTS
+from qwantize_vllm.plugin import packed
 from qwantize_vllm.plugin.config import QwantizeConfig
 from qwantize_vllm.plugin.packed import PackedConfig
 from qwantize_vllm.plugin.packed_format import packed_of
@@ -54,6 +56,17 @@ def test_nvfp4_checkpoints_are_ours(case):
     made = QwantizeConfig.from_config(config)
     assert isinstance(made, PackedConfig)
     assert pickle.loads(pickle.dumps(made)).packed == packed
+
+
+@pytest.mark.parametrize("backend", ["vllm", "marlin", "humming"])
+def test_kernels_of_vllm_refuse_a_checkpoint_with_blocks_of_32(backend, monkeypatch):
+    """Of experts too, which are not built by then."""
+    running = SimpleNamespace(additional_config={"qwantize": {"backend": backend}})
+    monkeypatch.setattr(packed, "get_current_vllm_config", lambda: running)
+    monkeypatch.delenv("QWANTIZE_CONFIG", raising=False)
+    config = QwantizeConfig.from_config(LAYOUTS["qwantize"].config([], 32))
+    with pytest.raises(ValueError, match=f"backend '{backend}' takes blocks of 16, block_size is 32"):
+        _ = config.settings
 
 
 @pytest.mark.parametrize("case", OTHERS)
