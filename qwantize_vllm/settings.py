@@ -95,7 +95,7 @@ class QwantizeSettings(pydantic.BaseModel):
     backend: Literal["auto", "reference", "dequantize", "fused", "vllm", "marlin", "humming"] = pydantic.Field(
         "auto",
         description="Matmul backend; auto chooses by device and number of tokens, vllm is the NVFP4 kernel that vLLM "
-        "itself selects for 16-bit activations, marlin and humming are kernels of vLLM by name.",
+        "itself selects for 16-bit activations (of experts: Marlin), marlin and humming are kernels of vLLM by name.",
     )
 
     @pydantic.field_validator("ignore", mode="before")

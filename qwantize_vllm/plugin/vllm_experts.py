@@ -1,7 +1,12 @@
 """vLLM's own kernels for experts: Marlin, fed with the codes and scales of this package, and the dense one to compare.
 
-Written from the sources of vLLM 0.25.1, 0.32.0 and 0.33.0. Nothing of its kernels is imported before a function is
-called.
+Marlin is also what `backend: vllm` means for experts, on every GPU. Of the NVFP4 backends that vLLM chooses among by
+itself (`fused_moe/oracle/nvfp4.py`) those for Blackwell's FP4 tensor cores round activations to FP4 too, mostly by
+global scales that only a calibrated checkpoint has; weights alone are taken by Marlin and Humming. B12x, which can do
+that on compute capability 12.x from 0.32 on, is left to those who name it by `--moe-backend`.
+
+Written from the sources of vLLM 0.25.1, 0.32.0 and 0.33.0, and not run on Blackwell. Nothing of its kernels is imported
+before a function is called.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ pytest.importorskip("vllm")
 
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-from qwantize_vllm import quantize_nvfp4
+from qwantize_vllm import QwantizeSettings, quantize_nvfp4
 from qwantize_vllm.plugin import vllm_experts
+from qwantize_vllm.plugin.expert_weights import QuantizedExperts, choose_expert_form
 from qwantize_vllm.plugin.vllm_experts import MarlinExperts, why_not_marlin
 
 EXPERTS, K, INNER = 2, 128, 64
@@ -99,6 +100,22 @@ def gpu(monkeypatch):
     module = module_of("is_fp4_marlin_supported")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(module, "is_fp4_marlin_supported", lambda: True)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("backend", ["marlin", "vllm"])
+def test_experts_are_served_by_marlin_under_either_name(backend, calls):
+    generator = torch.Generator().manual_seed(0)
+    w13, w2 = (
+        quantize_nvfp4(torch.randn(EXPERTS, 1, *shape, generator=generator), "naive")
+        for shape in ((2 * INNER, K), (K, INNER))
+    )
+    layer, experts = expert_layer(), QuantizedExperts(w13, w2, torch.bfloat16)
+    form = choose_expert_form(QwantizeSettings(backend=backend), experts, "mlp.experts")
+    assert form.keep(layer, experts) == sum(parameter.nbytes for parameter in layer.parameters())
+    form.apply(layer, torch.zeros(1, K).bfloat16(), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32))
+    assert calls[0]["w1"] is layer.w13_weight
+    assert calls[0]["global_scale2"] is layer.w2_weight_global_scale
 
 
 @pytest.mark.usefixtures("gpu")
