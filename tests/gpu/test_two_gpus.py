@@ -205,9 +205,7 @@ def test_engines_side_by_side_share_their_experts(tmp_path: Path, expert_paralle
             scores.append(prompt_scores(server))
             assert served_by(server) == len(server.lines("qwantize summary: ")) == (2 if more else 1)
     apart = [abs(a - b) for answer in scores[1] for a, b in zip(answer, scores[0][0], strict=True)]
-    print(
-        f"\nside by side: {len(apart)} log-probabilities, apart by {statistics.median(apart):.4f}, at most {max(apart):.4f}"
-    )
+    print(f"\n{len(apart)} log-probabilities, apart by {statistics.median(apart):.4f}, at most by {max(apart):.4f}")
     assert statistics.median(apart) < 0.05
 
 
