@@ -102,3 +102,11 @@ def test_bytes_are_those_of_codes_and_scales_and_a_little():
     weight = swizzle(q)
     assert isinstance(weight, SwizzledNvfp4)
     assert weight.nbytes - weight.arrived.nbytes == q.nbytes
+
+
+@pytest.mark.parametrize(("k", "bits"), [(768, 4.5), (1408, 4.545), (352, 5.091)])
+def test_bits_a_weight_are_more_where_columns_are_padded(k, bits):
+    """Of the columns that mixtures of experts have: Qwen3-30B-A3B, DeepSeek-V2-Lite, and a quarter of the latter."""
+    weight = swizzle(quantize_nvfp4(make_weight("gaussian", ROWS, k), "naive"))
+    stored = weight.words.nbytes + weight.scales.nbytes
+    assert 8 * stored / (ROWS * k) == pytest.approx(bits, abs=5e-4)
