@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, time_call
+from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, there_and_back, time_call
 from qwantize_vllm.cli.bench.inputs import random_activations, random_weight
 from qwantize_vllm.matmul.backends import run_swizzled
 from qwantize_vllm.matmul.normed import AddedNorm, gate_alone, norm_alone
@@ -76,13 +76,21 @@ def tile_table(layers: list[str], tokens: list[int]) -> Table:
         weights, dense = swizzled_copies(LAYERS[name]), dense_copies(LAYERS[name])
         for m in tokens:
             x = random_activations(m, LAYERS[name][1], torch.bfloat16, torch.device("cuda"))
-            times = {shape: time_shape(x, weights, shape) for shape in candidates(m)}
-            best = sorted((us, shape) for shape, us in times.items() if us is not None)[:3]
+            shapes = candidates(m)
+            timed = time_all(
+                functools.partial(time_calls, [functools.partial(torch.nn.functional.linear, x, w) for w in dense]),
+                *(functools.partial(time_backend, x, weights, backend) for backend in ("auto", "unswizzled")),
+                *(functools.partial(time_shape, x, weights, shape) for shape in shapes),
+            )
+            best = sorted((us, shape) for us, shape in zip(timed[3:], shapes, strict=True) if us is not None)[:3]
             words = [f"{us:.1f} {KINDS[type(shape)]}{tuple(shape)}" for us, shape in best]
-            bf16 = time_calls([functools.partial(torch.nn.functional.linear, x, weight) for weight in dense])
-            ours = [f"{time_backend(x, weights, backend):.1f}" for backend in ("auto", "unswizzled")]
-            table.add_row(name, str(m), f"{bf16:.1f}", *ours, *words)
+            table.add_row(name, str(m), *(f"{us:.1f}" for us in timed[:3]), *words)
     return table
+
+
+def time_all(*measurements: Callable[[], float | None]) -> list[float | None]:
+    """Microseconds, means of there and back; None where one has none."""
+    return [None if a is None or b is None else (a + b) / 2 for a, b in there_and_back(measurements)]
 
 
 def wgmma_table() -> Table:

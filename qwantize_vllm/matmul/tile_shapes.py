@@ -74,6 +74,7 @@ RULES = {
         Rule(2, 0, 0, DecodeShape(2, 1, 2, 16), block_size=16),
         Rule(2, 0, 0, DecodeShape(2, 1, 4, 8)),
         Rule(8, 0, 0, TileShape(8, 1, 4, 4, 3)),
+        Rule(16, 512, 0, TileShape(16, 2, 2, 4, 3)),
         Rule(16, 0, 0, TileShape(16, 1, 4, 4, 3)),
         Rule(32, 256, 0, TileShape(32, 2, 2, 4, 3)),
         Rule(32, 0, 0, TileShape(32, 1, 4, 4, 3)),

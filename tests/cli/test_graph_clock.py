@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import types
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from qwantize_vllm.cli.bench import graph_clock
-from qwantize_vllm.cli.bench.graph_clock import Timing, copies_beyond_cache, time_call
+from qwantize_vllm.cli.bench.graph_clock import Timing, copies_beyond_cache, there_and_back, time_call
 
 CUDA = torch.device("cuda")
 LAUNCH_OF_A_GRAPH = 0.5
@@ -84,6 +85,12 @@ def test_a_call_is_timed_once_the_gpu_is_as_hot_as_it_gets(gpu):
     gpu.hot_at = 250
     timing = time_call([gpu.call(copy, 0.1) for copy in range(6)], CUDA)
     assert timing.seconds == pytest.approx(1.25 * (1e-4 + LAUNCH_OF_A_GRAPH / 66000))
+
+
+def test_a_steady_drift_is_the_same_for_all():
+    now = itertools.count()
+    found = there_and_back([lambda name=name: (name, next(now)) for name in "abc"])
+    assert found == [(("a", 0), ("a", 5)), (("b", 1), ("b", 4)), (("c", 2), ("c", 3))]
 
 
 def test_long_calls_are_captured_fewer_times(gpu):

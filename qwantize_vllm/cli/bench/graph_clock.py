@@ -10,11 +10,13 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 from qwantize_vllm.cli.bench.clock import median_seconds
 
+T = TypeVar("T")
 # The copies of a weight together are at least so many times as large as the L2 cache.
 CACHE_TIMES = 4
 # A weight so small that even these do not exceed the cache is timed within it.
@@ -68,6 +70,17 @@ def time_call(calls: Sequence[Callable[[], object]], device: torch.device) -> Ti
         torch.cuda.synchronize(device)
         _settle(calls[0], device)
         return Timing(median_seconds(calls[0], device), "events", str(error).splitlines()[0])
+
+
+def there_and_back(measurements: Sequence[Callable[[], T]]) -> list[tuple[T, T]]:
+    """What each finds, in their order, and once more in the reverse.
+
+    A GPU gets warmer, and then slower, for longer than one call is waited for: who comes later would be at a
+    disadvantage. The mean of both is the same for all as long as it is a steady drift.
+    """
+    there = [measure() for measure in measurements]
+    back = [measure() for measure in reversed(measurements)]
+    return list(zip(there, reversed(back), strict=True))
 
 
 def _graph_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from qwantize_vllm.cli.bench.clock import copy_bytes_per_second
-from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, time_call
+from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, there_and_back, time_call
 from qwantize_vllm.cli.bench.inputs import random_activations, random_weight
 from qwantize_vllm.cli.bench.matmul.competitors import Competitor, Multiply
 from qwantize_vllm.cli.bench.matmul.error import (
@@ -104,8 +104,7 @@ class Results:
 def measure(plan: Plan) -> Results:
     """The bandwidth of a copy first, then every layer with every number of tokens and every competitor.
 
-    Competitors are timed in their order and once more in the reverse, of which a figure is the mean: while a GPU gets
-    warmer, those that come later would be the slower ones.
+    Competitors are timed in their order and once more in the reverse; a figure is the mean.
     """
     results = Results(copy_bytes_per_second(plan.device))
     with tqdm(total=len(plan.layers) * len(plan.tokens), unit="row", disable=None) as bar:  # none without a terminal
@@ -115,9 +114,8 @@ def measure(plan: Plan) -> Results:
             x = random_activations(plan.tokens[-1], layer.shape[1], plan.dtype, plan.device)
             for tokens in plan.tokens:
                 check = _Check(x[:tokens], q) if plan.check else None
-                there = [entrant.run(layer, x[:tokens], check, results.copy) for entrant in entrants]
-                back = [entrant.run(layer, x[:tokens], None, results.copy) for entrant in reversed(entrants)]
-                results.cells += [_mean(*twice) for twice in zip(there, reversed(back), strict=True)]
+                runs = [functools.partial(each.run, layer, x[:tokens], check, results.copy) for each in entrants]
+                results.cells += [_mean(*twice) for twice in there_and_back(runs)]
                 bar.update()
     return results
 
