@@ -28,7 +28,7 @@ from typing import Annotated, Any
 
 import typer
 from engine_log import log_to, tail
-from random_checkpoint import llama_config, write_checkpoint
+from random_checkpoint import is_written, llama_config, write_checkpoint
 from rich.console import Console
 from rich.table import Table
 
@@ -80,9 +80,7 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     options = {"enforce_eager": eager, "gpu_memory_utilization": utilization, "max_model_len": 2048}
-    with _work_folder(folder) as work:
-        checkpoint = work / f"{shape}-{config['num_hidden_layers']}-layers"
-        _prepare(checkpoint, config)
+    with _work_folder(folder) as work, _checkpoint(work, shape, config, keep) as checkpoint:
         with _one_layer(shape, work) as layer:
             failed = sum(_try(method, 0, True, layer, work, options) is None for method in METHODS)
         done: list[Start] = []
@@ -99,8 +97,6 @@ def main(
                 if out:
                     out.write_text(json.dumps([dataclasses.asdict(each) for each in done], indent=1) + "\n")
         _show(done)
-        if not keep:
-            shutil.rmtree(checkpoint)
     sys.exit(1 if failed else 0)
 
 
@@ -114,10 +110,28 @@ def _work_folder(folder: Path | None) -> Iterator[Path]:
         yield folder
 
 
-def _prepare(checkpoint: Path, config: dict[str, Any]) -> None:
-    if checkpoint.exists():
+@contextlib.contextmanager
+def _checkpoint(work: Path, shape: str, config: dict[str, Any], keep: bool) -> Iterator[Path]:
+    """The checkpoint to start: written now and gone at the end, or with `keep` one that may be there and stays."""
+    checkpoint = work / f"{shape}-{config['num_hidden_layers']}-layers"
+    try:
+        there = is_written(checkpoint, config)
+    except FileExistsError as error:
+        raise typer.BadParameter(str(error)) from None
+    if there and not keep:
+        raise typer.BadParameter(f"{checkpoint} is there: use it with --keep, or remove it")
+    if there:
         console.print(f"{checkpoint} is there")
-        return
+    else:
+        _write(checkpoint, config)
+    try:
+        yield checkpoint
+    finally:
+        if not keep:
+            shutil.rmtree(checkpoint)
+
+
+def _write(checkpoint: Path, config: dict[str, Any]) -> None:
     began = time.perf_counter()
     size = write_checkpoint(checkpoint, config)
     console.print(f"{checkpoint}: {size / GIB:.2f} GiB written in {time.perf_counter() - began:.1f} s")
@@ -126,11 +140,10 @@ def _prepare(checkpoint: Path, config: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _one_layer(shape: str, work: Path) -> Iterator[Path]:
     """To be started so that no first start pays for what others find in the system's cache."""
-    checkpoint = work / f"{shape}-one-layer"
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    _prepare(checkpoint, llama_config(shape, 1))
-    yield checkpoint
-    shutil.rmtree(checkpoint)
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        checkpoint = Path(folder) / f"{shape}-one-layer"
+        _write(checkpoint, llama_config(shape, 1))
+        yield checkpoint
 
 
 def _try(method: str, number: int, first: bool, checkpoint: Path, work: Path, options: dict[str, Any]) -> Start | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qwantize_vllm.plugin.throughput import SHAPES
 # Drawn once, and cut into weights: drawing each of 8 billion takes a CPU minutes.
 _DRAWN = 2**26
 _SHARD_BYTES = 2**30
+_INDEX = "model.safetensors.index.json"
 # Larger than usual, so that the next token depends visibly on every weight.
 _EMBEDDING_SCALE = 4.0
 
@@ -81,8 +83,39 @@ def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def write_checkpoint(path: Path, config: dict[str, Any], seed: int = 0) -> int:
-    """Write one, without a tokenizer, in files of about 1 GiB, into a new folder; returns the bytes of its weights."""
-    path.mkdir(parents=True)
+    """Write one, without a tokenizer, in files of about 1 GiB, into a new folder; returns the bytes of its weights.
+
+    The folder gets its name when all is in it: one of that name is never a part of a checkpoint.
+
+    Raises:
+        FileExistsError: there is something of that name.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} is there already")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    unfinished.mkdir()
+    total = _write_files(unfinished, config, seed)
+    unfinished.rename(path)
+    return total
+
+
+def is_written(path: Path, config: dict[str, Any]) -> bool:
+    """Whether a checkpoint of this config is there.
+
+    Raises:
+        FileExistsError: something else has that name.
+    """
+    if not path.exists():
+        return False
+    written, index = path / "config.json", path / _INDEX
+    if index.is_file() and written.is_file() and json.loads(written.read_text()) == config:
+        return True
+    raise FileExistsError(f"{path} is there, and is no checkpoint of the model asked for: remove it")
+
+
+def _write_files(path: Path, config: dict[str, Any], seed: int) -> int:
     (path / "config.json").write_text(json.dumps(config))
     total = 0
     shard: dict[str, torch.Tensor] = {}
@@ -96,7 +129,7 @@ def write_checkpoint(path: Path, config: dict[str, Any], seed: int = 0) -> int:
         total += tensor.nbytes
     _write_shard(path, number, shard)
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / _INDEX).write_text(json.dumps(index))
     return total
 
 

@@ -35,7 +35,7 @@ import psutil
 import torch
 import typer
 from engine_log import log_to, tail
-from random_checkpoint import llama_config, weights, write_checkpoint
+from random_checkpoint import is_written, llama_config, weights, write_checkpoint
 
 from qwantize_vllm.plugin.engine_process import engine, in_own_process, keep_core_here
 
@@ -62,9 +62,13 @@ class Work:
     options: dict[str, Any]
 
     def checkpoint(self, which: str, seed: int) -> Path:
-        """Written when it is first asked for."""
+        """Written when it is first asked for.
+
+        Raises:
+            FileExistsError: a folder of another run has its name, and other weights in it.
+        """
         path = self.folder / f"{which}-{seed}"
-        if not path.exists():
+        if not is_written(path, self.configs[which]):
             write_checkpoint(path, self.configs[which], seed)
         return path
 
