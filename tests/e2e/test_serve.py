@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import openai
@@ -48,27 +48,36 @@ class Server:
             time.sleep(0.2)
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @contextlib.contextmanager
 def serve(folder: Path, checkpoint: Path, *options: str, env: Mapping[str, str] | None = None) -> Iterator[Server]:
     """Start `vllm serve` in a session of its own; nothing of it is left on leaving the block."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.cli.main",
-        "serve",
-        str(checkpoint),
-        "--quantization",
-        "qwantize",
-    ]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *options]
-    log = folder / "server.log"
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", checkpoint, "--quantization", "qwantize"]
+    with launch(folder, command, *options, env=env) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def launch(
+    folder: Path, command: Sequence[str | Path], *options: str, env: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """As `serve`, of any command that takes options of `vllm serve`."""
+    port, log = free_port(), folder / "server.log"
+    address = ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     environment = server_environment({"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **(env or {})})
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            [*map(str, command), *address, *options],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
     try:
         yield Server(process, log, port)
