@@ -5,7 +5,7 @@
 
 Each wheel is downloaded without dependencies, and its Python files are unpacked into .cache/vllm: beside a CPU build of
 torch neither its kernels nor those of another torch can be loaded, and nothing of them is needed to import a plugin, to
-register it and to build its layers.
+register it and to build its layers. Where vLLM cannot be imported most tests skip themselves, so that is tried first.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from qwantize_vllm.plugin.versions import NEWEST, OLDEST
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "vllm"
+_REGISTER = "import vllm; from qwantize_vllm.plugin import register; register()"
 
 
 def main() -> None:
@@ -34,10 +35,20 @@ def passes(version: str) -> bool:
     print(f"==> the plugin's tests with vLLM {version}", flush=True)
     path = os.pathsep.join([str(ROOT), str(folder)])  # before site-packages, where another vLLM is
     environment = {**os.environ, "PYTHONPATH": path, "QWANTIZE_TEST_VLLM": str(folder)}
-    return (
-        subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/plugin"], cwd=ROOT, env=environment).returncode
-        == 0
-    )
+    if reason := why_not_registered(environment):
+        print(f"error: the plugin cannot be registered with vLLM {version}: {reason}", flush=True)
+        return False
+    return _run("-m", "pytest", "-q", "tests/plugin", environment=environment).returncode == 0
+
+
+def why_not_registered(environment: dict[str, str]) -> str | None:
+    """The last line of what Python says where vLLM is imported and the plugin registered; None where that succeeds."""
+    done = _run("-c", _REGISTER, environment=environment, stderr=subprocess.PIPE)
+    return None if done.returncode == 0 else (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+def _run(*arguments: str, environment: dict[str, str], stderr: int | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, text=True, stderr=stderr)
 
 
 def unpacked(version: str) -> Path:
