@@ -213,10 +213,11 @@ def _latent_attention(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     nope, rope, value, rank = (
         config[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
     )
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
     return {
-        "q_proj": (HEADS * (nope + rope), HIDDEN),
-        "kv_a_proj_with_mqa": (rank + rope, HIDDEN),
+        "q_proj": (heads * (nope + rope), hidden),
+        "kv_a_proj_with_mqa": (rank + rope, hidden),
         "kv_a_layernorm": (rank,),
-        "kv_b_proj": (HEADS * (nope + value), rank),
-        "o_proj": (HIDDEN, HEADS * value),
+        "kv_b_proj": (heads * (nope + value), rank),
+        "o_proj": (hidden, heads * value),
     }

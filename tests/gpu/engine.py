@@ -20,17 +20,10 @@ _LITTLE_MEMORY = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**28}
 def start(
     use: Callable[[Any], Any], directory: Path, checkpoint: Path, settings: dict[str, Any], **more: Any
 ) -> Outcome:
-    """An engine with these settings of qwantize, once it has ended; more: arguments of `run_engine`."""
-    outcome = run_engine(
-        use,
-        directory,
-        model=str(checkpoint),
-        quantization="qwantize",
-        additional_config={"qwantize": settings},
-        skip_tokenizer_init=True,
-        **_LITTLE_MEMORY,
-        **more,
-    )
+    """An engine with these settings of qwantize, once it has ended; more: arguments of `run_engine`, of which
+    `quantization=None` is plain vLLM."""
+    arguments = {"quantization": "qwantize", "additional_config": {"qwantize": settings}, **_LITTLE_MEMORY, **more}
+    outcome = run_engine(use, directory, model=str(checkpoint), skip_tokenizer_init=True, **arguments)
     assert outcome.exit_code == 0, outcome.log[-5000:]
     return outcome
 

@@ -15,17 +15,24 @@ class Exact:
     def __init__(self, checkpoint: Path) -> None:
         from transformers import AutoModelForCausalLM
 
-        self._model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        # "eager": grouped products in float32 are not in every version of PyTorch for CPUs
+        self._model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, experts_implementation="eager"
+        )
 
     def distance(self, completions: list[dict[str, Any]]) -> float:
         """Root mean square of what the likeliest tokens' log-probabilities are apart."""
+        return self.apart(completions).square().mean().sqrt().item()
+
+    def apart(self, completions: list[dict[str, Any]]) -> torch.Tensor:
+        """By how much each of the likeliest tokens' log-probabilities is above the exact one."""
         apart = []
         for each, exact in self._steps(completions):
             apart += [
                 mine - exact[step, token] for step, of in enumerate(each["logprobs"]) for token, mine in of.items()
             ]
         assert len(apart) >= 20 * sum(len(each["ids"]) for each in completions)
-        return torch.stack(apart).square().mean().sqrt().item()
+        return torch.stack(apart)
 
     def shortfall(self, completions: list[dict[str, Any]]) -> float:
         """How much less likely than the likeliest token a chosen one was at most, in log-probability."""
