@@ -15,6 +15,7 @@ from qwantize_vllm.layer_names import fused_members, matches, named_parts
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
 from qwantize_vllm.plugin.measured_experts import MeasuredExperts, measures_experts
 from qwantize_vllm.plugin.moe import QwantizeMoEMethod, expert_members, why_not_experts
+from qwantize_vllm.plugin.reloading import keep_latent_projections
 from qwantize_vllm.plugin.towers import is_of_tower
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def choose_method(config: QwantizeConfig, layer: torch.nn.Module, prefix: str) -
     settings, members = config.settings, fused_members(prefix, config.packed_modules_mapping)
     named = named_parts(prefix, settings.ignore, config.packed_modules_mapping)
     if not isinstance(layer, LinearBase):
+        keep_latent_projections(layer)
         kind = "embedding or head" if isinstance(layer, VocabParallelEmbedding) else type(layer).__name__
         config.report.leave(prefix, layer, kind, named)
         return None

@@ -30,6 +30,7 @@ from qwantize_vllm.plugin.moe import expert_members, why_not_experts
 from qwantize_vllm.plugin.packed_experts import PackedMoEMethod
 from qwantize_vllm.plugin.packed_format import Packed, packed_of
 from qwantize_vllm.plugin.packed_linear import PackedLinearMethod
+from qwantize_vllm.plugin.reloading import keep_latent_projections
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.settings import QwantizeSettings, environment_settings, resolve_settings
 
@@ -87,6 +88,7 @@ class PackedConfig(QwantizeBaseConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Raises ValueError where the head is NVFP4, or experts are that are not served from codes; names them."""
         self._theirs.packed_modules_mapping = self.packed_modules_mapping
+        keep_latent_projections(layer)
         if isinstance(layer, (Attention, MLAAttention)) and self._has_cache_scales():
             return self._theirs.get_quant_method(layer, prefix)
         is_layer = isinstance(layer, (LinearBase, RoutedExperts))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.attention import MLAAttention
 from vllm.model_executor.model_loader.reload import layerwise
 
 
@@ -81,6 +82,38 @@ def check_not_moved(runner: Any, name: str, physical: int, logical: int) -> None
             "loads weights into the places that they had then: restart the server with the new weights, or serve "
             "without --enable-eplb if weights are to be updated"
         )
+
+
+@contextlib.contextmanager
+def same_addresses(layer: torch.nn.Module) -> Iterator[None]:
+    """Tensors of a layer that are neither parameters nor buffers stay where they are, with what is put in their place
+    inside: CUDA graphs hold their addresses, and vLLM's reload looks after the others only."""
+    before = {name: each for name, each in vars(layer).items() if isinstance(each, torch.Tensor)}
+    yield
+    for name, old in before.items():
+        new = vars(layer).get(name)
+        if not isinstance(new, torch.Tensor) or new is old:
+            continue
+        if (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device):
+            setattr(layer, name, old.copy_(new))
+
+
+def keep_latent_projections(layer: torch.nn.Module) -> None:
+    """See that a layer of latent attention has at the same addresses, after each load, what it takes `kv_b_proj` apart
+    into; nothing for other layers.
+
+    vLLM 0.25 makes new tensors each time. Those of a dense weight are views of it, which a reload writes in place;
+    those of a quantized one are dequantized anew.
+    """
+    if not isinstance(layer, MLAAttention) or "process_weights_after_loading" in vars(layer):
+        return  # the latter as vLLM asks more than once for the method of a layer
+    process = layer.process_weights_after_loading
+
+    def process_in_place(*args: Any, **kwargs: Any) -> Any:
+        with same_addresses(layer):
+            return process(*args, **kwargs)
+
+    layer.process_weights_after_loading = process_in_place
 
 
 def refuse_sparse_updates(config: Any) -> None:

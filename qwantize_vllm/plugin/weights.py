@@ -21,6 +21,7 @@ from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.compile_ahead import compile_ahead
 from qwantize_vllm.matmul.op import matmul_op, matmul_swizzled_op
 from qwantize_vllm.matmul.swizzle import swizzle
+from qwantize_vllm.plugin.reloading import same_addresses
 from qwantize_vllm.plugin.vllm_kernels import KERNELS, describe, make_kernel
 from qwantize_vllm.settings import QwantizeSettings
 
@@ -160,11 +161,8 @@ class VllmForm:
         n, k = quantized.whole.shape
         describe(layer, n, k, quantized.dtype)
         _replace(layer, quantized.codes, quantized.block_scales, quantized.global_scales[0])
-        scratch = {name: each for name, each in vars(layer).items() if isinstance(each, torch.Tensor)}
-        self.kernel.process_weights_after_loading(layer)
-        # Marlin of vLLM 0.25 makes a workspace each time, while CUDA graphs hold the address of the first one.
-        for name, tensor in scratch.items():
-            setattr(layer, name, tensor.copy_(getattr(layer, name)))
+        with same_addresses(layer):  # Marlin of vLLM 0.25 makes a workspace each time
+            self.kernel.process_weights_after_loading(layer)
         return sum(tensor.nbytes for name, tensor in layer.named_parameters() if name != "bias")
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""New weights into an engine whose CUDA graphs read the old ones: experts, and layers in the layout of Marlin.
+"""New weights into an engine whose CUDA graphs read the old ones: experts, latent attention, and layers in
+the layout of Marlin.
 
 Run with vLLM's CUDA build: pytest -m gpu -n 2 tests/gpu/test_reload.py
 """
@@ -13,14 +14,14 @@ import pytest
 import torch
 
 from tests.e2e.checkpoints import write_tiny
-from tests.e2e.moe_checkpoints import QWEN3, write_moe
+from tests.e2e.moe_checkpoints import DEEPSEEK, QWEN3, write_moe
 from tests.e2e.probe import generate
 from tests.e2e.test_reload import flip
 from tests.gpu.engine import NEEDS_VLLM, result_of
 
 PROMPTS = [[1, 5, 9, 30], [7], list(range(3, 90))]
 # Tensors that kernels find on a layer and that are no parameters, so that vLLM would not put them back.
-SCRATCH = ("workspace", "weight_arrived")
+SCRATCH = ("workspace", "weight_arrived", "W_UV", "W_UK_T")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,6 +83,14 @@ def test_experts(tmp_path: Path) -> None:
     names = assert_reloads(tmp_path, old, new, {})
     assert ending(names, ".w13_weight_scale") == ending(names, ".w2_weight_scale") == 2
     assert ending(names, ".weight_arrived") == 2 * 2  # qkv and o of each layer
+
+
+def test_latent_attention(tmp_path: Path) -> None:
+    """vLLM 0.25.1 takes `kv_b_proj` apart into new tensors at each load: the first ones are in the graphs."""
+    old, new = (write_moe(tmp_path / str(seed), DEEPSEEK, seed) for seed in (0, 1))
+    names = assert_reloads(tmp_path, old, new, {})
+    layers = DEEPSEEK["num_hidden_layers"]
+    assert ending(names, ".W_UV") == ending(names, ".W_UK_T") == layers
 
 
 def test_layers_of_marlin(tmp_path: Path) -> None:
