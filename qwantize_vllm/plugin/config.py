@@ -86,6 +86,7 @@ class QwantizeConfig(QwantizeBaseConfig):
         """The settings of all sources; the first access must be while vLLM builds the model."""
         if self._resolved is None:
             from qwantize_vllm.plugin.fusion import install_fusion
+            from qwantize_vllm.plugin.invariance import check_backend
             from qwantize_vllm.plugin.reloading import refuse_sparse_updates
 
             config = get_current_vllm_config()
@@ -101,6 +102,7 @@ class QwantizeConfig(QwantizeBaseConfig):
                 if self._resolved.refine == "gptq":
                     file.check_full()
             logger.info("qwantize settings: %s; given: %s", self._resolved, given)
+            check_backend(self._resolved)
             add_to_compile_key(additional, self._resolved)
             install_fusion(config, self._resolved)
         return self._resolved

@@ -10,7 +10,6 @@ import dataclasses
 from typing import Any, Protocol
 
 import torch
-from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.utils import replace_parameter
@@ -18,6 +17,7 @@ from vllm.model_executor.utils import replace_parameter
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.experts import swizzle_experts
 from qwantize_vllm.matmul.op import experts_op, experts_swizzled_op
+from qwantize_vllm.plugin.invariance import plain_backend, swizzled_backend
 from qwantize_vllm.plugin.vllm_experts import MarlinExperts, why_not_marlin
 from qwantize_vllm.settings import QwantizeSettings
 
@@ -76,7 +76,7 @@ def choose_expert_form(settings: QwantizeSettings, experts: QuantizedExperts, na
         backend = "auto"
     if backend in ("auto", "fused") and on_gpu and experts.dtype in _GROUPED_DTYPES:
         return GroupedForm(experts)
-    return PlainExpertForm(experts, backend)
+    return PlainExpertForm(experts, plain_backend(backend, on_gpu))
 
 
 class PlainExpertForm:
@@ -125,7 +125,7 @@ class GroupedForm:
         ids, activation = local_ids(layer, topk_ids), layer.activation.value
         w13, w2 = self.parts(layer, "w13"), self.parts(layer, "w2")
         x = x if x.stride(-1) == 1 else x.contiguous()
-        backend = "batch_invariant" if envs.VLLM_BATCH_INVARIANT else "auto"
+        backend = swizzled_backend()
         return experts_swizzled_op(
             x, w13, w2, topk_weights, ids, activation, self.intermediate, self.out, self.block_size, backend
         )

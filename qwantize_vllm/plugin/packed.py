@@ -26,6 +26,7 @@ from qwantize_vllm.checkpoint import LAYOUTS, Checkpoint
 from qwantize_vllm.checkpoint.export import NOTES, verify
 from qwantize_vllm.plugin.base_config import METHOD, QwantizeBaseConfig, add_to_compile_key
 from qwantize_vllm.plugin.fusion import install_fusion
+from qwantize_vllm.plugin.invariance import check_backend
 from qwantize_vllm.plugin.moe import expert_members, why_not_experts
 from qwantize_vllm.plugin.packed_experts import PackedMoEMethod
 from qwantize_vllm.plugin.packed_format import Packed, packed_of
@@ -75,6 +76,7 @@ class PackedConfig(QwantizeBaseConfig):
                     "qwantize: the checkpoint asks for activations of four bits too (W4A4); they stay as they are"
                 )
             _look_at_files(get_current_vllm_config(), self._resolved.strict)
+            check_backend(self._resolved)
             add_to_compile_key(additional, self._resolved, packed=self.packed.layout.name)
             install_fusion(get_current_vllm_config(), self._resolved)
         return self._resolved

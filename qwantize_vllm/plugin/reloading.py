@@ -85,17 +85,19 @@ def check_not_moved(runner: Any, name: str, physical: int, logical: int) -> None
 
 
 @contextlib.contextmanager
-def same_addresses(layer: torch.nn.Module) -> Iterator[None]:
-    """Tensors of a layer that are neither parameters nor buffers stay where they are, with what is put in their place
-    inside: CUDA graphs hold their addresses, and vLLM's reload looks after the others only."""
-    before = {name: each for name, each in vars(layer).items() if isinstance(each, torch.Tensor)}
+def same_addresses(*owners: Any) -> Iterator[None]:
+    """Tensors of a layer that are neither parameters nor buffers, and those of other objects, stay where they are, with
+    what is put in their place inside: CUDA graphs hold their addresses, and vLLM's reload does not look after them."""
+    before = [
+        (owner, name, each) for owner in owners for name, each in vars(owner).items() if isinstance(each, torch.Tensor)
+    ]
     yield
-    for name, old in before.items():
-        new = vars(layer).get(name)
+    for owner, name, old in before:
+        new = vars(owner).get(name)
         if not isinstance(new, torch.Tensor) or new is old:
             continue
         if (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device):
-            setattr(layer, name, old.copy_(new))
+            setattr(owner, name, old.copy_(new))
 
 
 def keep_latent_projections(layer: torch.nn.Module) -> None:

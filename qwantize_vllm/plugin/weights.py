@@ -21,6 +21,7 @@ from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.compile_ahead import compile_ahead
 from qwantize_vllm.matmul.op import matmul_op, matmul_swizzled_op
 from qwantize_vllm.matmul.swizzle import swizzle
+from qwantize_vllm.plugin.invariance import plain_backend, swizzled_backend
 from qwantize_vllm.plugin.reloading import same_addresses
 from qwantize_vllm.plugin.vllm_kernels import KERNELS, describe, make_kernel
 from qwantize_vllm.settings import QwantizeSettings
@@ -81,7 +82,7 @@ def choose_form(settings: QwantizeSettings, quantized: QuantizedLayer) -> Form:
         return VllmForm(settings.backend)
     if settings.backend == "auto" and quantized.codes.is_cuda and quantized.dtype in _SWIZZLED_DTYPES:
         return SwizzledForm(quantized, settings.fuse_norms)
-    return PlainForm(quantized, settings.backend)
+    return PlainForm(quantized, plain_backend(settings.backend, quantized.codes.is_cuda))
 
 
 @functools.cache
@@ -147,8 +148,8 @@ class SwizzledForm:
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         tensors = (getattr(layer, name) for name in _NAMES)
-        backend = "batch_invariant" if envs.VLLM_BATCH_INVARIANT else "auto"
-        return matmul_swizzled_op(x, *tensors, layer.weight_arrived, bias, self.rows, self.block_size, backend)
+        scratch = layer.weight_arrived
+        return matmul_swizzled_op(x, *tensors, scratch, bias, self.rows, self.block_size, swizzled_backend())
 
 
 class VllmForm:
@@ -161,7 +162,8 @@ class VllmForm:
         n, k = quantized.whole.shape
         describe(layer, n, k, quantized.dtype)
         _replace(layer, quantized.codes, quantized.block_scales, quantized.global_scales[0])
-        with same_addresses(layer):  # Marlin of vLLM 0.25 makes a workspace each time
+        # Made anew each time: the workspace of Marlin in vLLM 0.25, and the locks that Humming's kernel has itself.
+        with same_addresses(layer, self.kernel):
             self.kernel.process_weights_after_loading(layer)
         return sum(tensor.nbytes for name, tensor in layer.named_parameters() if name != "bias")
 

@@ -250,6 +250,14 @@ def test_what_fails_when_it_is_timed_again_has_no_time():
     assert measure._mean(cell, failed) == measure._mean(failed, cell) == failed
 
 
+def test_what_is_wrong_once_or_in_no_graph_once_is_shown():
+    cell = cells_of(plan_of(1), {1: (8, 4, 2, 1)}, method="graph", error=1e-3)[0]
+    other = dataclasses.replace(cell, method="events", no_graph="not permitted", error=0.5, us=10)
+    for found in (measure._mean(cell, other), measure._mean(other, cell)):
+        assert (found.us, found.error, found.method, found.no_graph) == (9, 0.5, "events", "not permitted")
+        assert found.wrong
+
+
 def test_a_call_that_no_graph_takes_is_marked():
     plan = plan_of(1)
     cells = cells_of(plan, {1: (8, 4, 2, 1)}, method="events", no_graph="operation not permitted")

@@ -63,6 +63,11 @@ def test_bad_setting(engines, tiny, case):
     assert_refused(engines.refuse(tiny, **arguments), fragments)
 
 
+def test_batch_invariance_by_a_backend_that_cannot_give_it(engines, tiny):
+    log = engines.refuse(tiny, env={"VLLM_BATCH_INVARIANT": "1"}, additional_config={"qwantize": {"backend": "fused"}})
+    assert_refused(log, ["VLLM_BATCH_INVARIANT=1 asks for results that do not depend on the batch", "backend 'fused'"])
+
+
 @pytest.mark.parametrize("route", ["hf_overrides", "variable"])
 @pytest.mark.parametrize(
     ("content", "message"),

@@ -78,21 +78,26 @@ def test_a_reload_keeps_the_scratch_that_cuda_graphs_know(kernel_on):
 
 
 class KernelWithWorkspace:
-    """Makes its workspace anew whenever it prepares a layer, as Marlin of vLLM 0.25 does."""
+    """Makes them anew whenever it prepares a layer: a workspace, as Marlin of vLLM 0.25, and locks, as Humming."""
 
     def process_weights_after_loading(self, layer):
         layer.workspace = torch.full((4,), float(layer.weight_global_scale))
+        self.locks = torch.zeros(4)
 
 
-def test_a_reload_keeps_the_workspace_of_a_kernel_of_vllm(monkeypatch):
-    monkeypatch.setattr(weights, "make_kernel", lambda name: KernelWithWorkspace())
+def test_a_reload_keeps_what_kernels_of_vllm_work_in(monkeypatch):
+    kernel = KernelWithWorkspace()
+    monkeypatch.setattr(weights, "make_kernel", lambda name: kernel)
     first, second = quantize([70]), quantize([70], seed=1)
-    layer = new_layer()
-    VllmForm("marlin").keep(layer, first)
-    workspace = layer.workspace
-    VllmForm("marlin").keep(layer, second)
+    layer, form = new_layer(), VllmForm("marlin")
+    form.keep(layer, first)
+    workspace, locks = layer.workspace, kernel.locks
+    locks += 1  # what sleep mode may leave there
+    form.keep(layer, second)
     assert layer.workspace is workspace
     assert workspace.tolist() == [float(second.global_scales[0])] * 4 != [float(first.global_scales[0])] * 4
+    assert kernel.locks is locks
+    assert not locks.any()
 
 
 def test_a_cpu_gets_the_plain_form():

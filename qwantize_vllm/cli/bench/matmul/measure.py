@@ -170,12 +170,17 @@ class _Entrant:
 
 
 def _mean(first: Cell, second: Cell) -> Cell:
-    """One cell of two that differ in their times; what failed once has no time."""
+    """One cell of both times: the mean, the larger error, and a graph only if it was one twice. What failed once has
+    failed."""
     if first.us is None or second.us is None:
         return second if second.problem else first
     us = (first.us + second.us) / 2
-    of_copy = None if first.of_copy is None else first.of_copy * first.us / us
-    return dataclasses.replace(first, us=us, of_copy=of_copy)
+    return dataclasses.replace(
+        second if second.no_graph else first,
+        us=us,
+        of_copy=None if first.of_copy is None else first.of_copy * first.us / us,
+        error=None if first.error is None or second.error is None else max(first.error, second.error),
+    )
 
 
 def _copy(q: Nvfp4Tensor) -> Nvfp4Tensor:
