@@ -18,16 +18,18 @@ def test_without_a_gpu_tuning_says_that_it_needs_one():
     assert "no CUDA GPU" in result.output
 
 
+@pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("m", [1, 8, 16, 17, 300])
-def test_candidates_hold_the_tokens_or_many(m):
-    sizes = {shape.tokens for shape in tune_matmul.candidates(m)}
+def test_candidates_hold_the_tokens_or_many(m, block_size):
+    sizes = {shape.tokens for shape in tune_matmul.candidates(m, block_size)}
     assert sizes
     assert all(size >= min(m, 64) for size in sizes)
 
 
 @pytest.mark.gpu
-def test_tuning_prints_the_best_shapes():
-    result = CliRunner().invoke(tune_matmul.app, ["--layer", "o", "--tokens", "16"])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_tuning_prints_the_best_shapes(block_size):
+    result = CliRunner().invoke(tune_matmul.app, ["--layer", "o", "--tokens", "16", "--block-size", str(block_size)])
     assert result.exit_code == 0, result.output
     assert "(16, " in result.output
     if torch.cuda.get_device_capability()[0] == 9:
