@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from qwantize_vllm.format import Nvfp4Tensor, dequantize_rows
+from qwantize_vllm.matmul.dense import multiply_dense
 
 # Weights of a strip: its temporaries stay in the caches until the product has read it.
 _STRIP_ELEMENTS = 1024 * 1024
@@ -27,7 +28,7 @@ def matmul_cpu(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> to
         part = slice(start, start + rows)
         strip = dequantize_rows(q.codes[part], q.block_scales[part], q.global_scale, q.block_size).to(x.dtype)
         for tokens, piece in pieces:
-            product = torch.nn.functional.linear(piece, strip, None if bias is None else bias[part])
+            product = multiply_dense(piece, strip, None if bias is None else bias[part])
             y[tokens, part] = product[: y[tokens].shape[0]]
     return y
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from qwantize_vllm.format import Nvfp4Tensor
+from qwantize_vllm.matmul.dense import multiply_dense
 from qwantize_vllm.triton_format import decode_e2m1, decode_e4m3
 
 _ROWS, _BYTES = 4, 256
@@ -19,7 +20,7 @@ _ROWS, _BYTES = 4, 256
 
 def matmul_dequantize(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x (M, K) -> (M, N) in x's dtype; needs the dense weight in x's dtype as scratch."""
-    return torch.nn.functional.linear(x, dequantize_triton(q, x.dtype), bias)
+    return multiply_dense(x, dequantize_triton(q, x.dtype), bias)
 
 
 def dequantize_triton(q: Nvfp4Tensor, dtype: torch.dtype) -> torch.Tensor:

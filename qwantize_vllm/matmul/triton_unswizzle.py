@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qwantize_vllm.matmul.dense import multiply_dense
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
 from qwantize_vllm.matmul.triton_fragments import (
     TILE_COLUMNS,
@@ -25,7 +26,7 @@ _STEPS = 4  # tiles a program
 
 def matmul_unswizzled(x: torch.Tensor, weight: SwizzledNvfp4, bias: torch.Tensor | None) -> torch.Tensor:
     """x (M, K) -> (M, N) in x's dtype; needs the dense weight in x's dtype as scratch."""
-    return torch.nn.functional.linear(x, dequantize_swizzled(weight, x.dtype), bias)
+    return multiply_dense(x, dequantize_swizzled(weight, x.dtype), bias)
 
 
 def dequantize_swizzled(weight: SwizzledNvfp4, dtype: torch.dtype) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qwantize_vllm import matmul_nvfp4, quantize_nvfp4
-from qwantize_vllm.format import FLOAT_DTYPES
+from qwantize_vllm.format import FLOAT_DTYPES, Nvfp4Tensor
 from tests.devices import kernel_device
 from tests.numbers import make_weight
 
@@ -156,3 +156,36 @@ def test_wrong_arguments_are_refused(arguments, message):
     given = {"x": torch.zeros(2, 64), "q": quantize_nvfp4(torch.ones(32, 64)), **arguments}
     with pytest.raises(ValueError, match=message):
         matmul_nvfp4(**given)
+
+
+def unit_weight(n, k):
+    """Codes of all kinds, and scales of 1: few of them sum up to a number that bfloat16 has."""
+    codes = torch.arange(n * k // 2).mul(37).view(n, k // 2).byte()
+    return Nvfp4Tensor(codes, torch.ones(n, k // 16).to(torch.float8_e4m3fn), torch.ones(()))
+
+
+@pytest.mark.parametrize("m", [1, 33])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float64])
+def test_a_bias_is_added_as_it_is(backend, device, m, bias_dtype):
+    """It takes away the product but for a little, which is lost where it is rounded to x's dtype first."""
+    q = unit_weight(40, 64).to(device)
+    x = torch.nn.functional.one_hot(torch.full((m,), 7), 64).bfloat16().to(device)
+    bias = 2.0**-12 - q.dequantize()[:, 7].to(bias_dtype)
+    assert (matmul_nvfp4(x, q, bias, backend) == 2.0**-12).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias_dtype", [*FLOAT_DTYPES, torch.float64])
+@pytest.mark.parametrize("m", [2, 40])
+def test_a_bias_of_any_dtype(backend, device, dtype, bias_dtype, m):
+    q = quantize_nvfp4(make_weight("gaussian", 48, 64, dtype).to(device))
+    x = torch.randn(m, 64, device=device).to(dtype)
+    for bias in biases(48, bias_dtype, device):
+        y = matmul_nvfp4(x, q, bias, backend)
+        assert y.dtype == dtype
+        truncates = device == "cpu" and dtype == torch.bfloat16
+        assert relative_error(y, exact_product(x, q, bias)) < (INTERPRETED_BFLOAT16 if truncates else TOLERANCE[dtype])
+
+
+def biases(n, dtype, device):
+    return (torch.randn(n, device=device).to(dtype),)

@@ -10,13 +10,22 @@ import torch
 pytest.importorskip("triton")
 
 from qwantize_vllm import matmul_nvfp4, quantize_nvfp4
+from qwantize_vllm.format import FLOAT_DTYPES
 from qwantize_vllm.matmul import triton_swizzled
+from qwantize_vllm.matmul.backends import SWIZZLED_BACKENDS
 from qwantize_vllm.matmul.op import matmul_swizzled_op
 from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, ELSEWHERE, RULES, TileShape, choose_shape
 from qwantize_vllm.matmul.triton_swizzled import matmul_swizzled
 from qwantize_vllm.matmul.triton_unswizzle import dequantize_swizzled
-from tests.matmul.test_matmul import INTERPRETED_BFLOAT16, TOLERANCE, exact_product, relative_error
+from tests.matmul.test_matmul import (
+    INTERPRETED_BFLOAT16,
+    TOLERANCE,
+    biases,
+    exact_product,
+    relative_error,
+    unit_weight,
+)
 from tests.numbers import make_weight
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -46,6 +55,28 @@ def test_product_against_float64(kernel_on, dtype, block_size, n, k, m, with_bia
     assert y.shape == (m, n)
     assert relative_error(y, exact_product(x, q, bias)) < tolerance(kernel_on, dtype)
     assert not weight.arrived.any()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bias_dtype", [*FLOAT_DTYPES, torch.float64])
+@pytest.mark.parametrize("backend", SWIZZLED_BACKENDS)
+@pytest.mark.parametrize("m", [1, 40])
+def test_a_bias_of_any_dtype(kernel_on, dtype, bias_dtype, backend, m):
+    x, q = make(kernel_on, 48, 64, m, dtype)
+    for bias in biases(48, bias_dtype, kernel_on):
+        y = matmul_nvfp4(x, swizzle(q), bias, backend)
+        assert y.dtype == dtype
+        assert relative_error(y, exact_product(x, q, bias)) < tolerance(kernel_on, dtype)
+
+
+@pytest.mark.parametrize("backend", SWIZZLED_BACKENDS)
+@pytest.mark.parametrize("m", [1, 40, 300])
+def test_a_bias_is_added_as_it_is(kernel_on, backend, m):
+    """It takes away the product but for a little, which is lost where it is rounded to x's dtype first."""
+    q = unit_weight(40, 64).to(kernel_on)
+    x = torch.nn.functional.one_hot(torch.full((m,), 7), 64).bfloat16().to(kernel_on)
+    bias = 2.0**-12 - q.dequantize()[:, 7]
+    assert (matmul_nvfp4(x, swizzle(q), bias, backend) == 2.0**-12).all()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
