@@ -42,7 +42,7 @@ class Backend:
     """A way to compute x . W'.
 
     Attributes:
-        run: (x (M, K), q (N, K), bias (N,) or None) -> (M, N) in x's dtype; x may have any strides.
+        run: (x (M, K), q (N, K), bias (N,), contiguous, or None) -> (M, N) in x's dtype; x may have any strides.
         dtypes: of x.
         needs_gpu: whether x must be on a GPU (or Triton be interpreted).
         needs_cpu: whether x must be in the CPU's memory.

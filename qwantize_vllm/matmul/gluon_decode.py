@@ -54,7 +54,8 @@ def matmul_decode(
 ) -> torch.Tensor:
     """x (M, K) bfloat16 or float16, as `why_not_decode` asks, M at most shape.tokens -> (M, N) in x's dtype.
 
-    bias: (N,), any float dtype, or None. launch: what else to do with the kernel than to run it (compile_ahead.py).
+    bias: (N,), contiguous, any float dtype, or None.
+    launch: what else to do with the kernel than to run it (compile_ahead.py).
     norm: what is done to x first, in bfloat16 only; gated: (M, N/2), silu(first half of y) * second half, each of whole
     groups of 64 rows of W. `one_kernel` (normed.py) asks for both. bfloat16: products of values of x beyond 2^63
     overflow.

@@ -73,7 +73,7 @@ def matmul_wgmma(
 ) -> torch.Tensor:
     """x (M, K) bfloat16 or float16, as `why_not_wgmma` asks -> (M, N) in x's dtype.
 
-    bias: (N,), any float dtype, or None. shape: default the one that wgmma_shapes.py chooses.
+    bias: (N,), contiguous, any float dtype, or None. shape: default the one that wgmma_shapes.py chooses.
     split: whether K may be cut into slices. launch: what else to do with the kernel than to run it (compile_ahead.py).
     """
     m, n = x.shape[0], weight.shape[0]

@@ -18,7 +18,7 @@ def matmul_nvfp4(
     Args:
         x: (..., K) bfloat16, float16 or float32; any strides, any number of tokens, none included.
         q: unbatched, of shape (N, K), on x's device. What `swizzle` makes of it is what a GPU multiplies fastest.
-        bias: (N,), any float dtype.
+        bias: (N,), float16, bfloat16, float32 or float64; any stride.
         backend: "auto" chooses by device and number of tokens; "reference", "cpu", "cpu_fused",
             "dequantize" and "fused" are those of `matmul/backends.py`. For a swizzled weight they are
             "swizzled", "unswizzled" and "batch_invariant": the bits of a row then do not depend on the others.

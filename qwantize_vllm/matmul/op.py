@@ -17,6 +17,11 @@ from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
 from qwantize_vllm.triton_launch import Launch, launch_now
 
 
+def _in_a_row(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """As kernels read it, which are told of no strides: a bias that is contiguous is not copied."""
+    return None if bias is None else bias.contiguous()
+
+
 @torch.library.custom_op("qwantize::matmul_nvfp4", mutates_args=())
 def matmul_op(
     x: torch.Tensor,
@@ -29,7 +34,7 @@ def matmul_op(
 ) -> torch.Tensor:
     """x (..., K) times the NVFP4 weight (N, K) -> (..., N); see `matmul_nvfp4`, which checks the arguments."""
     q = Nvfp4Tensor(codes, block_scales, global_scale, block_size)
-    flat = x.reshape(-1, x.shape[-1])
+    flat, bias = x.reshape(-1, x.shape[-1]), _in_a_row(bias)
     name = choose_backend(flat) if backend == "auto" else backend
     if reason := BACKENDS[name].why_not(flat):
         raise ValueError(f"backend {name!r} {reason}")
@@ -53,7 +58,7 @@ def _matmul_swizzled(
     backend: str,
 ) -> torch.Tensor:
     """x (..., K) times the swizzled NVFP4 weight (N, K) -> (..., N); see `matmul_nvfp4`, which checks the arguments."""
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    flat, bias = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), _in_a_row(bias)
 
     def run(launch: Launch) -> torch.Tensor:
         weight = SwizzledNvfp4(words, scales, global_scale, arrived, (n, x.shape[-1]), block_size)
@@ -106,7 +111,7 @@ def _normed_matmul_swizzled(
         from qwantize_vllm.matmul.gluon_decode import matmul_decode
 
         weight = SwizzledNvfp4(*tensors, (n, x.shape[1]), block_size)
-        return matmul_decode(x, weight, bias, shape, norm=norm, gated=gated), norm.sums
+        return matmul_decode(x, weight, _in_a_row(bias), shape, norm=norm, gated=gated), norm.sums
     y = _matmul_swizzled(norm_alone(x, norm), *tensors, bias, n, block_size, backend)
     return gate_alone(y) if gated else y, norm.sums
 

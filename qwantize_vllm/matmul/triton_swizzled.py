@@ -47,7 +47,7 @@ def matmul_swizzled(
 ) -> torch.Tensor:
     """x (M, K) bfloat16 or float16 -> (M, N) in x's dtype.
 
-    bias: (N,), any float dtype, or None. shape: see tile_shapes.py.
+    bias: (N,), contiguous, any float dtype, or None. shape: see tile_shapes.py.
     split: whether K may be cut into slices. How many depends on M, and the last bits with it.
     launch: what else to do with the kernel than to run it (compile_ahead.py).
 

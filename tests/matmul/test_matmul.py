@@ -177,7 +177,7 @@ def test_a_bias_is_added_as_it_is(backend, device, m, bias_dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias_dtype", [*FLOAT_DTYPES, torch.float64])
 @pytest.mark.parametrize("m", [2, 40])
-def test_a_bias_of_any_dtype(backend, device, dtype, bias_dtype, m):
+def test_a_bias_of_any_dtype_and_strides(backend, device, dtype, bias_dtype, m):
     q = quantize_nvfp4(make_weight("gaussian", 48, 64, dtype).to(device))
     x = torch.randn(m, 64, device=device).to(dtype)
     for bias in biases(48, bias_dtype, device):
@@ -188,4 +188,6 @@ def test_a_bias_of_any_dtype(backend, device, dtype, bias_dtype, m):
 
 
 def biases(n, dtype, device):
-    return (torch.randn(n, device=device).to(dtype),)
+    """One whose numbers follow each other, one with others between them, and one number for all."""
+    bias = torch.randn(2 * n, device=device).to(dtype)
+    return bias[:n], bias[::2], bias[:1].expand(n)

@@ -61,7 +61,7 @@ def test_product_against_float64(kernel_on, dtype, block_size, n, k, m, with_bia
 @pytest.mark.parametrize("bias_dtype", [*FLOAT_DTYPES, torch.float64])
 @pytest.mark.parametrize("backend", SWIZZLED_BACKENDS)
 @pytest.mark.parametrize("m", [1, 40])
-def test_a_bias_of_any_dtype(kernel_on, dtype, bias_dtype, backend, m):
+def test_a_bias_of_any_dtype_and_strides(kernel_on, dtype, bias_dtype, backend, m):
     x, q = make(kernel_on, 48, 64, m, dtype)
     for bias in biases(48, bias_dtype, kernel_on):
         y = matmul_nvfp4(x, swizzle(q), bias, backend)
