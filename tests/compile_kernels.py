@@ -2,7 +2,8 @@
 
     python -m tests.compile_kernels 90 [every]
 
-`every` combination of types and constants that a launcher makes; without it each type and constant at least once.
+`every` combination of types and constants that a launcher makes; without it each type and constant at least once. Each
+kernel once more for sizes and strides of 1, which Triton compiles apart.
 A program of its own because TRITON_INTERPRET, which the tests set, must be unset when triton is imported.
 """
 
@@ -232,19 +233,35 @@ def grouped_wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, An
 def compile_all(capability: int, every: bool) -> None:
     hopper = wgmma_variants(every) if capability == 90 else ()
     everywhere = variants(capability, every), expert_variants(capability)
+    compiled_for_ones: set[Any] = set()
     for kernel, pointers, constants in itertools.chain(*everywhere, hopper):
         if "DEPENDENT" in kernel.arg_names:
             constants = {**constants, "DEPENDENT": capability >= 90}
-        signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
-        indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        source_type = GluonASTSource if kernel.is_gluon() else ASTSource
-        compiled = triton.compile(
-            source_type(fn=kernel, signature=signature, constexprs=indexed),
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": warps(kernel, constants)},
-        )
+        compiled = compile_one(kernel, pointers, constants, capability)
         check(kernel, constants, compiled)
         print(kernel.__name__, *pointers.values(), constants, f"{len(compiled.asm['cubin'])} bytes", flush=True)
+        if (ones := ones_of(kernel, pointers, constants)) and kernel not in compiled_for_ones:
+            compiled_for_ones.add(kernel)
+            compile_one(kernel, pointers, {**constants, **ones}, capability)
+            print(kernel.__name__, *ones, "are 1", flush=True)
+
+
+def ones_of(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> dict[str, int]:
+    """Its numbers, all 1, as far as Triton compiles for that: they are then Python's."""
+    given = pointers.keys() | constants.keys()
+    return {each.name: 1 for each in kernel.params if each.name not in given and not each.do_not_specialize}
+
+
+def compile_one(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capability: int) -> Any:
+    """For a number, where none is given as a constant, that may be any."""
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
+    indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source_type = GluonASTSource if kernel.is_gluon() else ASTSource
+    return triton.compile(
+        source_type(fn=kernel, signature=signature, constexprs=indexed),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps(kernel, constants)},
+    )
 
 
 def check(kernel: Any, constants: dict[str, Any], compiled: Any) -> None:

@@ -137,8 +137,10 @@ def _reduce_kernel(
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = index < size
     total = tl.zeros((TILE,), dtype=tl.float32)
-    for split in range(0, splits):
-        total += tl.load(partial_ptr + split * size.to(tl.int64) + index, mask=inside, other=0.0)
+    partial_ptr += index
+    for _ in range(0, splits):
+        total += tl.load(partial_ptr, mask=inside, other=0.0)
+        partial_ptr += size  # not a product with size: that may be an int32, and where it is 1 it has no type
     total *= tl.load(global_scale_ptr)
     if HAS_BIAS:
         total += tl.load(bias_ptr + index % n, mask=inside, other=0.0).to(tl.float32)
