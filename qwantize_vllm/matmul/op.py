@@ -59,6 +59,8 @@ def _matmul_swizzled(
 ) -> torch.Tensor:
     """x (..., K) times the swizzled NVFP4 weight (N, K) -> (..., N); see `matmul_nvfp4`, which checks the arguments."""
     flat, bias = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), _in_a_row(bias)
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()  # here, for what a launch is given besides these tensors would be taken for scratch
 
     def run(launch: Launch) -> torch.Tensor:
         weight = SwizzledNvfp4(words, scales, global_scale, arrived, (n, x.shape[-1]), block_size)

@@ -45,7 +45,7 @@ def matmul_swizzled(
     split: bool = True,
     launch: Launch = launch_now,
 ) -> torch.Tensor:
-    """x (M, K) bfloat16 or float16 -> (M, N) in x's dtype.
+    """x (M, K) bfloat16 or float16, contiguous rows -> (M, N) in x's dtype.
 
     bias: (N,), contiguous, any float dtype, or None. shape: see tile_shapes.py.
     split: whether K may be cut into slices. How many depends on M, and the last bits with it.
@@ -78,7 +78,7 @@ def matmul_swizzled(
         k,
         groups,
         tiles,
-        *x.stride(),
+        x.stride(0),
         weight.global_scale.dim(),
         BLOCK_SIZE=weight.block_size,
         TILE_M=shape.tokens,
@@ -119,8 +119,7 @@ def _swizzled_kernel(
     k,
     groups,
     tiles,
-    x_stride_m,
-    x_stride_k,
+    x_stride,
     global_scale_stride,
     BLOCK_SIZE: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -138,7 +137,7 @@ def _swizzled_kernel(
     split, splits = tl.program_id(2), tl.num_programs(2)
     token = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
     first = tl.program_id(1) * GROUPS
-    x_ptr += token.to(tl.int64)[None, :] * x_stride_m
+    x_ptr += token.to(tl.int64)[None, :] * x_stride
     inside = (token < m)[None, :]
     dtype = x_ptr.dtype.element_ty
     total = tl.zeros((GROUPS * TILE_ROWS, TILE_M), dtype=tl.float32)
@@ -147,7 +146,7 @@ def _swizzled_kernel(
         words = load_words(words_ptr, first, groups, turn * STEPS, tiles, GROUPS, STEPS, WHOLE_K)
         scales = load_scales(scales_ptr, first, groups, turn * STEPS, tiles, GROUPS, STEPS)
         start = turn * (STEPS * TILE_COLUMNS)
-        x = _load_x(x_ptr, start + tl.arange(0, STEPS * TILE_COLUMNS), x_stride_k, k, inside, WHOLE_K)
+        x = _load_x(x_ptr, start + tl.arange(0, STEPS * TILE_COLUMNS), k, inside, WHOLE_K)
         weight = block_values(words, scales, dtype, BLOCK_SIZE, PTX)
         total = _product(weight, x, total, PTX)
     total *= rescale(dtype, PTX)
@@ -171,11 +170,11 @@ def _swizzled_kernel(
 
 
 @triton.jit
-def _load_x(x_ptr, column, x_stride_k, k, inside, WHOLE_K: tl.constexpr):
+def _load_x(x_ptr, column, k, inside, WHOLE_K: tl.constexpr):
     """x' (columns, tokens), zero beyond the end."""
     if not WHOLE_K:
         inside = inside & (column < k)[:, None]
-    return tl.load(x_ptr + column[:, None] * x_stride_k, mask=inside, other=0.0)
+    return tl.load(x_ptr + column[:, None], mask=inside, other=0.0)
 
 
 @triton.jit

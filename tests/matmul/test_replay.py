@@ -40,6 +40,17 @@ def test_what_is_no_single_launch_is_run_each_time():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 7, 100])
+def test_what_is_copied_for_a_launch_is_copied_for_its_replays(monkeypatch, m):
+    monkeypatch.setattr(replay, "_recordings", {})
+    x, q = make("cuda", 320, 1088, m, torch.bfloat16)
+    weight = swizzle(q)
+    for _ in range(3):
+        x, bias = torch.randn(1088, m, device="cuda").bfloat16().T, torch.randn(640, device="cuda")[::2]
+        assert torch.equal(matmul_nvfp4(x, weight, bias), run_swizzled(x.contiguous(), weight, bias.contiguous()))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 2, 7, 16, 30, 100, 300])
 @pytest.mark.parametrize("backend", ["auto", "batch_invariant", "unswizzled"])
 @pytest.mark.parametrize("with_bias", [False, True])

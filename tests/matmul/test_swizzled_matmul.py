@@ -119,10 +119,26 @@ def test_every_gpu_has_a_shape_for_few_tokens_and_none_for_many(major):
 def test_x_of_any_strides_and_dimensions(kernel_on):
     _, q = make(kernel_on, 48, 64, 1, torch.float16)
     wide = torch.randn(6, 128, device=kernel_on).half()
-    for x in (wide[:, ::2], wide[:, 64:], wide.view(2, 3, 128)[..., :64], wide[:0, :64], wide[0, :64]):
+    narrow = torch.randn(64, 6, device=kernel_on).half().T
+    for x in (wide[:, ::2], wide[:, 64:], narrow, wide.view(2, 3, 128)[..., :64], wide[:0, :64], wide[0, ::2]):
         y = matmul_nvfp4(x, swizzle(q))
         assert y.shape == (*x.shape[:-1], 48)
         assert relative_error(y, exact_product(x, q, None)) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("backend", SWIZZLED_BACKENDS)
+def test_columns_of_x_may_be_farther_apart_than_an_int32_says(kernel_on, tmp_path, backend):
+    m, k = 2, 48
+    stride = 2**31 // (k - 1) + 1
+    size = (k - 1) * stride + m
+    if kernel_on == "cpu":  # a file with holes, which takes no memory
+        numbers = torch.from_file(str(tmp_path / "x"), shared=True, size=size, dtype=torch.float16)
+    else:
+        numbers = torch.empty(size, dtype=torch.float16, device=kernel_on)
+    near, q = make(kernel_on, 64, k, m, torch.float16)
+    x = numbers.as_strided((m, k), (1, stride)).copy_(near)
+    y = matmul_nvfp4(x, swizzle(q), backend=backend)
+    assert torch.equal(y, matmul_nvfp4(near, swizzle(q), backend=backend))
 
 
 def test_rows_may_have_global_scales_of_their_own(kernel_on):
