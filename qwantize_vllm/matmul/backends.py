@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import re
 from collections.abc import Callable
 
 import torch
@@ -197,10 +198,15 @@ def why_no_gluon() -> str | None:
     return None
 
 
-@functools.cache
+_told: set[str] = set()
+
+
 def tell_once(line: str) -> None:
-    """A warning, the first time that it is given in a process."""
-    logger.warning(line)
+    """A warning, the first time that it is given in a process, whatever the numbers in it (strides, addresses)."""
+    words = re.sub(r"\d+", "", line)
+    if words not in _told:
+        _told.add(words)
+        logger.warning(line)
 
 
 def _triton_is_interpreted() -> bool:

@@ -169,7 +169,7 @@ def test_any_magnitude(kind):
 def test_what_the_tma_cannot_move_goes_elsewhere_and_is_told(caplog, n, stride, said):
     _, q = make("cuda", n, 1024, 1, torch.bfloat16)
     x = torch.randn(300, stride, device="cuda").bfloat16()[:, :1024]
-    backends.tell_once.cache_clear()
+    backends._told.clear()
     with caplog.at_level(logging.WARNING):
         y = matmul_nvfp4(x, swizzle(q))
     assert said in caplog.text
@@ -185,6 +185,15 @@ def test_why_not():
     assert "rows of x" in why_not_wgmma(torch.zeros(4, 68, dtype=torch.float16)[:, :64], weight)
     assert "rows of x" in why_not_wgmma(torch.zeros(4, 72, dtype=torch.float16)[:, 1:65], weight)
     assert "multiple of 8" in why_not_wgmma(x, swizzle(quantize_nvfp4(torch.randn(70, 64))))
+
+
+def test_a_reason_is_told_once_whatever_its_numbers(caplog, monkeypatch):
+    monkeypatch.setattr(backends, "_told", set())
+    with caplog.at_level(logging.WARNING):
+        for length, n in ((68, 72), (76, 72), (84, 72), (64, 70), (64, 73)):
+            weight = swizzle(quantize_nvfp4(torch.randn(n, 64)))
+            backends.tell_once(why_not_wgmma(torch.zeros(4, length, dtype=torch.float16)[:, :64], weight))
+    assert len(caplog.records) == 2  # rows of x, and N
 
 
 def test_one_compiled_kernel_serves_products_cut_or_not(monkeypatch):
