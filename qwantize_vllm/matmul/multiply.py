@@ -15,6 +15,10 @@ def matmul_nvfp4(
 ) -> torch.Tensor:
     """x . W' + bias from the codes and scales of W, without keeping W.
 
+    Products with one swizzled weight must not overlap on two streams: they share scratch that it holds (`arrived`).
+    A CUDA graph of such products, whatever their weights, uses scratch of the stream that captured it: while it runs,
+    neither another graph captured there nor a product on that stream may run.
+
     Args:
         x: (..., K) bfloat16, float16 or float32; any strides, any number of tokens, none included.
         q: unbatched, of shape (N, K), on x's device. What `swizzle` makes of it is what a GPU multiplies fastest.

@@ -98,6 +98,9 @@ class SwizzledNvfp4:
 def swizzle(q: Nvfp4Tensor, launch: Launch = launch_now) -> SwizzledNvfp4:
     """Reorder an unbatched weight; on a CPU several times its bytes are needed on the way.
 
+    What it returns is for one stream at a time: products that overlap on two would share its scratch, and be wrong. For
+    two at once swizzle twice, or `dataclasses.replace` the result's `arrived` by zeros of its own.
+
     launch: what else to do with a GPU's kernels than to run them.
 
     Raises:
