@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from qwantize_vllm import quantize_nvfp4
+from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.backends import run_experts
 from qwantize_vllm.matmul.experts import ACTIVATIONS, swizzle_experts
 from qwantize_vllm.matmul.experts_cpu import activate, experts_one_by_one, members_of
 from qwantize_vllm.matmul.op import experts_op, experts_swizzled_op
 from qwantize_vllm.matmul.reference import matmul_reference
+from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS
 from qwantize_vllm.matmul.wgmma_shapes import STEPS
 from tests.matmul.test_matmul import INTERPRETED_BFLOAT16, TOLERANCE, relative_error
 
@@ -112,14 +116,33 @@ def test_the_ops_are_registered_as_pytorch_wants_them():
         torch.library.opcheck(op, arguments, test_utils=utils)
 
 
-def test_batch_invariant_results_do_not_depend_on_other_tokens(kernel_on):
+def test_batch_invariant_results_do_not_depend_on_other_tokens(kernel_on, monkeypatch):
+    """As test_batch_invariance of one weight: the halves of h cancel each other, and K, where it may be cut, is cut
+    otherwise every time."""
     pytest.importorskip("triton")
-    x, w13, w2, weights, ids = make(kernel_on, 150, 4, 2, 64, 96, torch.bfloat16)
-    first, second = swizzled(w13, w2)
-    together = run_experts(x, first, second, weights, ids, "silu", "batch_invariant")
+    from qwantize_vllm.matmul import triton_grouped
+
+    x, w13, w2, weights, ids = make("cpu", 150, 4, 2, 64, 160, torch.bfloat16)
+    x, weights, ids = x.to(kernel_on), weights.to(kernel_on), ids.to(kernel_on)
+    first, second = swizzled(*(weight.to(kernel_on) for weight in with_opposite_halves(w13, w2)))
+    slices = itertools.cycle((1, 2))
+    monkeypatch.setattr(triton_grouped, "_splits", lambda *_: next(slices))
+    case = (x, first, second, weights, ids, "silu")
+    together = run_experts(*case, "batch_invariant")
     for part in (slice(0, 1), slice(77, 90)):
         alone = run_experts(x[part], first, second, weights[part], ids[part], "silu", "batch_invariant")
         assert torch.equal(alone, together[part])
+    cut, whole = (triton_grouped.experts_swizzled(*case, (ANY_TOKENS, ANY_TOKENS)) for _ in range(2))
+    assert not torch.equal(cut, whole)
+
+
+def with_opposite_halves(w13, w2):
+    """Twice as wide inside: h and -h, which the second weight multiplies by the same."""
+    gate, up = w13.codes.chunk(2, dim=1)
+    scales = [part for part in w13.block_scales.chunk(2, dim=1) for _ in range(2)]
+    # The sign is the highest of a code's four bits.
+    first = Nvfp4Tensor(torch.cat((gate, gate, up, up ^ 0x88), 1), torch.cat(scales, 1), w13.global_scale)
+    return first, Nvfp4Tensor(w2.codes.repeat(1, 1, 2), w2.block_scales.repeat(1, 1, 2), w2.global_scale)
 
 
 @pytest.mark.parametrize("members", [1, 2])
