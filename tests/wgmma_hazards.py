@@ -83,10 +83,13 @@ def _twice_through_loops(sass: str) -> list[str]:
 def _registers(text: str) -> tuple[set[int], set[int]]:
     """Those that an instruction reads and writes, as far as it names them."""
     name, _, operands = text.partition(" ")
-    named = [_span(name, operand) for operand in operands.split(",")]
+    parts = operands.split(",")
+    named = [_span(name, operand) for operand in parts]
     if not named or name.startswith(_WITHOUT_RESULT):
         return set().union(*named), set()
     results = 1 if named[0] else 2  # a predicate may come first
+    if "WIDE" in name:  # its two factors are not
+        named[results : results + 2] = [_span("", factor) for factor in parts[results : results + 2]]
     return set().union(*named[results:]), set().union(*named[:results])
 
 

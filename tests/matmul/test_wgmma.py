@@ -278,6 +278,10 @@ WAIT = "/*0010*/ WARPGROUP.DEPBAR.LE gsb0, {} ;\n"
         (RUNNING + "/*0020*/ @P0 LDS.128 R88, [R2] ;", 1),
         (RUNNING + "/*0020*/ FMUL R3, R55, R2 ;", 1),  # of the sum
         (RUNNING + "/*0020*/ FMUL R3, R56, R88 ;", 0),  # reading the left operand does no harm
+        (RUNNING + "/*0020*/ IMAD.WIDE R20, R23, 0x4, R14 ;", 0),
+        (RUNNING + "/*0020*/ IMAD.WIDE R20, R14, 0x4, R23 ;", 1),  # the sum begins behind R23
+        (RUNNING + "/*0020*/ IMAD.WIDE R22, R14, 0x4, R12 ;", 0),
+        (RUNNING + "/*0020*/ IMAD.WIDE R23, R14, 0x4, R12 ;", 1),
         (RUNNING + WAIT.format("0x0") + "/*0020*/ MOV R90, R3 ;", 0),
         (RUNNING + WAIT.format("0x1") + "/*0020*/ MOV R90, R3 ;", 1),
         (RUNNING + RUNNING.replace("R88", "R92") + WAIT.format("0x1") + "/*0020*/ MOV R90, R3 ;", 0),
