@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import re
 from collections.abc import Callable
 
@@ -32,10 +33,12 @@ Matmul = Callable[[torch.Tensor, Nvfp4Tensor, torch.Tensor | None], torch.Tensor
 # Measured on 9 (H200); elsewhere, AMD included, a cautious guess until someone measures it.
 _FUSED_TOKENS = {9: 32}
 _FUSED_TOKENS_ELSEWHERE = 16
-# On a CPU the fused kernel is 7 to 14 times as fast as strips at 1 token, 3 times at 32, 1.1 times at 128 (layers of
-# SmolLM2, one AVX-512 core). It ends at 32 all the same: prompts are left to the strips, which have the bits of a dense
-# layer with the dequantized weight.
-_CPU_FUSED_TOKENS = 32
+# The same on a CPU, measured on one and on two cores of a Zen 4 (AVX-512 with bfloat16, no AMX) against strips; below
+# and above the limit the slower one takes up to a sixth longer. Where AVX-512 has no instruction for x's 16-bit numbers
+# oneDNN takes two to four times as long as the fused kernel, whatever the number of tokens.
+_CPU_FUSED_TOKENS = 64
+# Not measured: AMX, float16 that the CPU can multiply, and CPUs without AVX-512.
+_CPU_FUSED_TOKENS_ELSEWHERE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +94,24 @@ BACKENDS: dict[str, Backend] = {
 def choose_backend(x: torch.Tensor) -> str:
     """Name of the backend that serves x (M, K): the table behind `backend="auto"`."""
     # why_not_fused first: so an engine's warm-up, of many tokens, compiles the kernel or says why not.
-    if x.is_cpu and why_not_fused() is None and x.shape[0] <= _CPU_FUSED_TOKENS:
+    if x.is_cpu and why_not_fused() is None and x.shape[0] <= cpu_fused_tokens(x.dtype):
         return "cpu_fused"
     if not x.is_cuda:
         return "cpu"  # plain PyTorch, so right on every other device too
     limit = _FUSED_TOKENS.get(capability_major(x.device) or 0, _FUSED_TOKENS_ELSEWHERE)
     return "fused" if x.dtype in _HALF and x.shape[0] <= limit else "dequantize"
+
+
+@functools.cache
+def cpu_fused_tokens(dtype: torch.dtype) -> float:
+    """Up to how many tokens of x in this dtype this CPU multiplies faster with the fused kernel than by strips."""
+    from qwantize_vllm.matmul.llvm_run import has
+
+    by_unit = (dtype == torch.bfloat16 and has("amx-bf16")) or (dtype == torch.float16 and has("avx512fp16"))
+    if by_unit or not has("avx512f"):
+        return _CPU_FUSED_TOKENS_ELSEWHERE
+    multiplied = dtype == torch.float32 or (dtype == torch.bfloat16 and has("avx512bf16"))
+    return _CPU_FUSED_TOKENS if multiplied else math.inf
 
 
 # Backends of a swizzled weight.

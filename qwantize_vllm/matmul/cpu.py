@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from qwantize_vllm.format import Nvfp4Tensor, dequantize_rows
+from qwantize_vllm.format import Nvfp4Tensor
+from qwantize_vllm.matmul.cpu_strips import dequantize_strip
 from qwantize_vllm.matmul.dense import multiply_dense
 
-# Weights of a strip: its temporaries stay in the caches until the product has read it.
-_STRIP_ELEMENTS = 1024 * 1024
+# Weights of a strip, which stays in the caches until the products have read it, and what its rows are a multiple of:
+# oneDNN takes up to twice as long for numbers that its tiles do not divide.
+_STRIP_ELEMENTS, _STRIP_ROWS = 2 * 1024 * 1024, 128
 # PyTorch has oneDNN compile a product of 16-bit numbers for every number of rows, and keeps a thousand of them, a
 # megabyte each and more. In pieces of so many rows, the last one filled up to a multiple of _STEP, there are eight.
 _ROWS, _STEP = 256, 32
@@ -23,10 +25,12 @@ def matmul_cpu(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> to
     n, k = q.shape
     y = x.new_empty(x.shape[0], n)
     pieces = _pieces(x)
-    rows = max(1, _STRIP_ELEMENTS // k)
+    rows = min(n, -(-_STRIP_ELEMENTS // (k * _STRIP_ROWS)) * _STRIP_ROWS)
+    memory = x.new_empty(rows, k)  # the same for all strips: the system takes its time to give new memory
     for start in range(0, n, rows):
         part = slice(start, start + rows)
-        strip = dequantize_rows(q.codes[part], q.block_scales[part], q.global_scale, q.block_size).to(x.dtype)
+        strip = memory[: n - start]
+        dequantize_strip(q, part, strip)
         for tokens, piece in pieces:
             product = multiply_dense(piece, strip, None if bias is None else bias[part])
             y[tokens, part] = product[: y[tokens].shape[0]]

@@ -1,4 +1,4 @@
-"""x . W' on a CPU from the codes themselves, for few tokens: the LLVM kernel's arguments and its result."""
+"""x . W' on a CPU from the codes themselves: the LLVM kernel's arguments and its result."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def matmul_cpu_fused(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None)
     y = torch.empty(m, n, dtype=torch.float32, device="cpu")
     if y.numel():
         variant = _variant(x.dtype)
-        inputs = _rows(x) if variant == "pairs" else _even_and_odd(x)
-        codes, scales = _rows(q.codes), _rows(q.block_scales)
+        inputs = adjacent(x) if variant == "pairs" else _even_and_odd(x)
+        codes, scales = adjacent(q.codes), adjacent(q.block_scales)
         turns = -(-m // _TOKENS_AT_ONCE)
-        tensors = (inputs, codes, scales, _half_scales(), q.global_scale, y)
+        tensors = (inputs, codes, scales, half_scales(), q.global_scale, y)
         job = FusedJob(
             *(tensor.data_ptr() for tensor in tensors),
             *(m, n, k // 2, inputs.stride(0) * inputs.element_size(), codes.stride(0), scales.stride(0), 0),
@@ -81,17 +81,19 @@ def why_not_fused() -> str | None:
 def _even_and_odd(x: torch.Tensor) -> torch.Tensor:
     """float32 (M, 2, K/2 rounded up to whole steps of the kernel): x's even k, its odd k, zeros behind."""
     m, half = x.shape[0], x.shape[1] // 2
-    padded = -(-half // _LANES) * _LANES
+    padded = (-(-half // _LANES) | 1) * _LANES  # odd, as what lies a power of two apart shares few lines of the cache
     halves = torch.empty(m, 2, padded, dtype=torch.float32, device="cpu")
     halves[:, :, :half] = x.unflatten(1, (half, 2)).mT
     halves[:, :, half:] = 0
     return halves
 
 
-def _rows(matrix: torch.Tensor) -> torch.Tensor:
+def adjacent(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix, or a copy of it, whose columns lie side by side."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 @functools.cache
-def _half_scales() -> torch.Tensor:
+def half_scales() -> torch.Tensor:
+    """float32 (256,), half the value of each E4M3 byte: the kernels decode codes to twice theirs."""
     return e4m3_by_byte() / 2

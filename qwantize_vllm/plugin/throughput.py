@@ -56,6 +56,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "vocab_size": 151936,
     },
+    "smollm2-135m": _LLAMA
+    | {
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "vocab_size": 49152,
+    },
     "tiny": _LLAMA
     | {
         "hidden_size": 128,

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-import ctypes
 import logging
-import mmap
+import math
 import threading
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from qwantize_vllm import Nvfp4Tensor, matmul_nvfp4, quantize_nvfp4
 from qwantize_vllm.matmul import backends, cpu_fused
+from tests.guarded import at_the_end
 from tests.numbers import make_weight
 
 binding = pytest.importorskip("llvmlite.binding")
@@ -58,18 +58,9 @@ def test_every_code_and_every_scale(variant, block_size):
 def test_it_reads_nothing_behind_the_weight(k, dtype):
     """Codes that end where the process may not read on."""
     q, x = weight_and_input(5, k, dtype=dtype)
-    memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
-    page = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    codes = torch.frombuffer(memory, dtype=torch.uint8)[mmap.PAGESIZE - q.codes.numel() : mmap.PAGESIZE]
-    codes = codes.view_as(q.codes).copy_(q.codes)
-    assert protect(page + mmap.PAGESIZE, mmap.PAGESIZE, 0) == 0
-    try:
-        at_the_end = Nvfp4Tensor(codes, q.block_scales, q.global_scale, q.block_size)
-        got = matmul_nvfp4(x, at_the_end, backend="cpu_fused")
-    finally:
-        protect(page + mmap.PAGESIZE, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+    with at_the_end(q.codes) as codes:
+        ending = Nvfp4Tensor(codes, q.block_scales, q.global_scale, q.block_size)
+        got = matmul_nvfp4(x, ending, backend="cpu_fused")
     assert torch.equal(got, matmul_nvfp4(x, q, backend="cpu_fused"))
 
 
@@ -122,11 +113,40 @@ def test_rows_of_a_larger_weight_and_columns_that_are_not_adjacent():
     assert torch.equal(matmul_nvfp4(x, turned, backend="cpu_fused"), whole)
 
 
-def test_auto_takes_it_for_few_tokens():
-    for m in (1, backends._CPU_FUSED_TOKENS, backends._CPU_FUSED_TOKENS + 1):
-        q, x = weight_and_input(m=m)
-        name = "cpu_fused" if m <= backends._CPU_FUSED_TOKENS else "cpu"
-        assert torch.equal(matmul_nvfp4(x, q), matmul_nvfp4(x, q, backend=name))
+@pytest.mark.parametrize("k", [1056, 4096])
+@pytest.mark.parametrize("m", [65, 333])
+def test_many_tokens(variant, m, k):
+    dtype = torch.bfloat16 if variant == "pairs" else torch.float32
+    q, x = weight_and_input(k=k, m=m, dtype=dtype)
+    assert error(matmul_nvfp4(x, q, backend="cpu_fused"), x, q) < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_auto_takes_it_up_to_a_number_of_tokens(dtype):
+    limit = backends.cpu_fused_tokens(dtype)
+    for m in (1, 32, 33, 64, 65, 300):
+        q, x = weight_and_input(m=m, dtype=dtype)
+        got = matmul_nvfp4(x, q)
+        assert torch.equal(got, matmul_nvfp4(x, q, backend="cpu_fused" if m <= limit else "cpu"))
+        assert error(got, x, q) < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "features", "tokens"),
+    [
+        (torch.bfloat16, ["avx512f", "avx512bf16"], 64),
+        (torch.bfloat16, ["avx512f", "avx512bf16", "amx-bf16"], 32),
+        (torch.bfloat16, ["avx512f"], math.inf),
+        (torch.bfloat16, [], 32),
+        (torch.float16, ["avx512f", "avx512bf16"], math.inf),
+        (torch.float16, ["avx512f", "avx512fp16"], 32),
+        (torch.float32, ["avx512f", "amx-bf16"], 64),
+        (torch.float32, [], 32),
+    ],
+)
+def test_that_number_is_of_the_dtype_and_of_what_the_cpu_has(monkeypatch, dtype, features, tokens):
+    monkeypatch.setattr("qwantize_vllm.matmul.llvm_run.has", lambda feature: feature in features)
+    assert backends.cpu_fused_tokens.__wrapped__(dtype) == tokens
 
 
 def test_without_a_compiler_strips_serve_and_one_line_says_why(monkeypatch, caplog):
@@ -158,10 +178,12 @@ def test_memory_that_is_not_the_cpus_is_refused():
 
 
 @pytest.mark.parametrize(("triple", "cpu"), [("x86_64-linux-gnu", "haswell"), ("aarch64-linux-gnu", "neoverse-n1")])
-def test_the_portable_decoding_compiles_for_other_machines(triple, cpu):
+@pytest.mark.parametrize("kernel", ["fused", "strip of bfloat16", "strip of float32"])
+def test_the_portable_decoding_compiles_for_other_machines(triple, cpu, kernel):
     from qwantize_vllm.matmul.llvm_decode import decode_by_shift
     from qwantize_vllm.matmul.llvm_fused import FusedCode
     from qwantize_vllm.matmul.llvm_products import FloatProducts
+    from qwantize_vllm.matmul.llvm_strips import StripCode
 
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
@@ -169,7 +191,10 @@ def test_the_portable_decoding_compiles_for_other_machines(triple, cpu):
         machine = binding.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
     except RuntimeError:
         pytest.skip(f"this LLVM does not compile for {triple}")
-    module = binding.parse_assembly(str(FusedCode(8, 16, FloatProducts(decode_by_shift)).module))
-    assembly = machine.emit_assembly(module)
+    if kernel == "fused":
+        code = FusedCode(8, 16, FloatProducts(decode_by_shift))
+    else:
+        code = StripCode(16, decode_by_shift, halved=kernel == "strip of bfloat16")
+    assembly = machine.emit_assembly(binding.parse_assembly(str(code.module)))
     assert "call" not in assembly.split()  # no function that the machine would have to bring
     assert "bl" not in assembly.split()
