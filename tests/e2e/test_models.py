@@ -17,8 +17,9 @@ from .compare import assert_agree, assert_serves, served_layers, tensors_of
 
 pytestmark = pytest.mark.e2e
 
-# How far a log-probability may be off, by the number of bits that a matmul's result is rounded to.
-TOLERANCE = {"bfloat16": 0.05, "float16": 0.01, "float32": 1e-4}
+# How far a log-probability may be off, by the number of bits that a matmul's result is rounded to, and the weights of
+# the dense layers that are compared with: the kernel that multiplies from codes does not round its own.
+TOLERANCE = {"bfloat16": 0.05, "float16": 0.03, "float32": 1e-4}
 
 
 @dataclasses.dataclass(frozen=True)

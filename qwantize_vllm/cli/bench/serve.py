@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def bench_serve(
     shape: Annotated[
-        str, typer.Option(help="Shape of the model, its weights random: llama-3-8b, qwen3-30b-a3b, smollm2-135m or tiny.")
+        str,
+        typer.Option(help="Shape of the model, random weights: llama-3-8b, qwen3-30b-a3b, smollm2-135m or tiny."),
     ] = "llama-3-8b",
     layers: Annotated[
         int | None,
