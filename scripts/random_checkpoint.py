@@ -3,6 +3,7 @@ any number of layers. The same seed gives the same weights, on a CPU and on a GP
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -96,7 +97,11 @@ def write_checkpoint(path: Path, config: dict[str, Any], seed: int = 0) -> int:
     unfinished = path.with_name(f"{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     unfinished.mkdir()
-    total = _write_files(unfinished, config, seed)
+    try:
+        total = _write_files(unfinished, config, seed)
+    except BaseException:  # gigabytes, where the disk may be full
+        shutil.rmtree(unfinished)
+        raise
     unfinished.rename(path)
     return total
 
@@ -109,9 +114,11 @@ def is_written(path: Path, config: dict[str, Any]) -> bool:
     """
     if not path.exists():
         return False
-    written, index = path / "config.json", path / _INDEX
-    if index.is_file() and written.is_file() and json.loads(written.read_text()) == config:
-        return True
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        places = json.loads((path / _INDEX).read_text())["weight_map"]
+        whole = all((path / name).is_file() for name in places.values())
+        if whole and json.loads((path / "config.json").read_text()) == config:
+            return True
     raise FileExistsError(f"{path} is there, and is no checkpoint of the model asked for: remove it")
 
 

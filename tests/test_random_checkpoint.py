@@ -38,18 +38,26 @@ def break_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random_checkpoint, "save_file", save_one)
 
 
-def test_what_breaks_off_leaves_nothing_of_that_name_and_is_written_anew(tmp_path, monkeypatch):
+def test_what_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "checkpoint"
     with monkeypatch.context() as broken:
         break_off(broken)
         with pytest.raises(OSError, match="no space left"):
             write_checkpoint(path, CONFIG)
     assert not is_written(path, CONFIG)
-    assert (path.with_name("checkpoint.unfinished") / "config.json").exists()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_what_was_killed_is_written_anew(tmp_path):
+    path = tmp_path / "checkpoint"
+    unfinished = path.with_name("checkpoint.unfinished")
+    unfinished.mkdir()
+    (unfinished / "model-00002.safetensors").touch()
+    assert not is_written(path, CONFIG)
     write_checkpoint(path, CONFIG)
     assert is_written(path, CONFIG)
-    assert [each.name for each in path.parent.iterdir()] == ["checkpoint"]
-    assert "model-00002.safetensors" not in contents(path)  # of the first try
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoint"]
+    assert "model-00002.safetensors" not in contents(path)
 
 
 def test_what_is_there_is_not_written_over(tmp_path):
@@ -64,11 +72,19 @@ def half(path: Path) -> None:
     (path / "model.safetensors.index.json").unlink()
 
 
+def without_weights(path: Path) -> None:
+    (path / "model-00001.safetensors").unlink()
+
+
 def other_model(path: Path) -> None:
     (path / "config.json").write_text("{}")
 
 
-@pytest.mark.parametrize("spoil", [half, other_model])
+def no_json(path: Path) -> None:
+    (path / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize("spoil", [half, without_weights, other_model, no_json])
 def test_another_folder_of_that_name_is_refused(tmp_path, spoil):
     path = tmp_path / "checkpoint"
     write_checkpoint(path, CONFIG)

@@ -218,7 +218,7 @@ _told: set[str] = set()
 
 def tell_once(line: str) -> None:
     """A warning, the first time that it is given in a process, whatever the numbers in it (strides, addresses)."""
-    words = re.sub(r"\d+", "", line)
+    words = re.sub(r"\b\d+\b", "", line)
     if words not in _told:
         _told.add(words)
         logger.warning(line)

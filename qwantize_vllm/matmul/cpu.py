@@ -25,7 +25,8 @@ def matmul_cpu(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> to
     n, k = q.shape
     y = x.new_empty(x.shape[0], n)
     pieces = _pieces(x)
-    rows = max(1, min(n, -(-_STRIP_ELEMENTS // (k * _STRIP_ROWS)) * _STRIP_ROWS))
+    blocks = -(-_STRIP_ELEMENTS // (k * _STRIP_ROWS))
+    rows = max(1, min(n, blocks * _STRIP_ROWS))
     memory = x.new_empty(rows, k)  # the same for all strips: the system takes its time to give new memory
     for start in range(0, n, rows):
         part = slice(start, start + rows)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwantize_vllm.format import Nvfp4Tensor, e4m3_by_byte
+from qwantize_vllm.format import Nvfp4Tensor
+from qwantize_vllm.matmul.cpu_tensors import adjacent, half_scales
 
 if TYPE_CHECKING:
     from qwantize_vllm.matmul.llvm_run import Kernel
@@ -16,10 +17,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _LANES = 16  # of llvm_code.py, which cannot be imported without llvmlite
 _TOKENS_AT_ONCE = 8  # with two rows, 16 sums and what they are made of fit the 32 vector registers
+_PIECE = 512  # tokens: so much of x and of the result is there in float32 at a time
 
 
 def matmul_cpu_fused(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x (M, K) -> (M, N) in x's dtype, accumulated in float32; needs x and the result in float32 beyond both."""
+    """x (M, K) -> (M, N) in x's dtype, accumulated in float32; a token's bits do not depend on the others."""
+    y = x.new_empty(x.shape[0], q.shape[0])
+    for start in range(0, x.shape[0], _PIECE):
+        y[start : start + _PIECE] = _float_product(x[start : start + _PIECE], q, bias)
+    return y
+
+
+def _float_product(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """float32 (M, N)."""
     from qwantize_vllm.matmul.llvm_fused import FusedJob
 
     m, (n, k) = x.shape[0], q.shape
@@ -37,7 +47,7 @@ def matmul_cpu_fused(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None)
         compiled(-(-m // turns), q.block_size, variant)(job, m * n * k)
     if bias is not None:
         y += bias
-    return y.to(x.dtype)
+    return y
 
 
 @functools.cache
@@ -86,14 +96,3 @@ def _even_and_odd(x: torch.Tensor) -> torch.Tensor:
     halves[:, :, :half] = x.unflatten(1, (half, 2)).mT
     halves[:, :, half:] = 0
     return halves
-
-
-def adjacent(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix, or a copy of it, whose columns lie side by side."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-@functools.cache
-def half_scales() -> torch.Tensor:
-    """float32 (256,), half the value of each E4M3 byte: the kernels decode codes to twice theirs."""
-    return e4m3_by_byte() / 2

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwantize_vllm.format import Nvfp4Tensor, dequantize_rows
-from qwantize_vllm.matmul.cpu_fused import adjacent, half_scales, why_not_fused
+from qwantize_vllm.matmul.cpu_fused import why_not_fused
+from qwantize_vllm.matmul.cpu_tensors import adjacent, half_scales
 
 if TYPE_CHECKING:
     from qwantize_vllm.matmul.llvm_run import Kernel

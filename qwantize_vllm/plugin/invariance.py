@@ -11,8 +11,9 @@ from vllm import envs
 
 from qwantize_vllm.settings import QwantizeSettings
 
-# Their order of sums depends on the number of rows; "vllm" is Marlin, or a kernel that rounds activations.
-_VARIANT = ("vllm", "marlin", "fused")
+# Their order of sums depends on the number of rows; "vllm" is Marlin, or a kernel that rounds activations. vLLM asks
+# Humming for a mode of its own.
+_NOT_INVARIANT = ("vllm", "marlin", "fused")
 
 
 def check_backend(settings: QwantizeSettings) -> None:
@@ -21,7 +22,7 @@ def check_backend(settings: QwantizeSettings) -> None:
     Raises:
         ValueError: it is.
     """
-    if envs.VLLM_BATCH_INVARIANT and settings.backend in _VARIANT:
+    if envs.VLLM_BATCH_INVARIANT and settings.backend in _NOT_INVARIANT:
         raise ValueError(
             f"qwantize: VLLM_BATCH_INVARIANT=1 asks for results that do not depend on the batch, which backend "
             f"{settings.backend!r} does not give: leave the setting backend out, or unset the variable"

@@ -38,6 +38,7 @@ class PackedLinearMethod(LinearMethodBase):
     def __init__(self, settings: QwantizeSettings, name: str, report: LoadReport, packed: Packed) -> None:
         self.settings, self.name, self.report, self.packed = settings, name, report, packed
         self._form: Form | None = None
+        self._members = 0  # global scales that are kept; 0 before there are any
         # How often each tensor was loaded: whole, and for a member of a fused layer.
         self._arrived: Counter[tuple[str, Any]] = Counter()
 
@@ -100,6 +101,7 @@ class PackedLinearMethod(LinearMethodBase):
                 f"qwantize: {self.name}: backend {self.settings.backend!r} takes one global scale a layer, the members "
                 "of this one have different ones in the checkpoint; choose backend: auto"
             )
+        self._check_members(len(quantized.widths))
         self._form = self._form or choose_form(self.settings, quantized)
         after = self._form.keep(layer, quantized)
         setattr(layer, PROCESSED, True)
@@ -129,6 +131,15 @@ class PackedLinearMethod(LinearMethodBase):
                 raise ValueError(
                     f"qwantize: {self.name}: the checkpoint lacks {name} of {members - len(parts)} of {members} members"
                 )
+
+    def _check_members(self, members: int) -> None:
+        """Whether there may be so many global scales: where weights are reloaded, their tensor stays where it is."""
+        if members > self._members > 0:
+            raise ValueError(
+                f"qwantize: {self.name}: its members have different global scales in the weights that are loaded now, "
+                "and had the same one before; start the server anew with these weights"
+            )
+        self._members = max(members, self._members)
 
 
 def _members(factors: torch.Tensor, widths: list[int]) -> tuple[torch.Tensor, list[int]]:

@@ -1,4 +1,5 @@
-"""Updates of a running model that must not be taken: they are refused, and what they have not reached stays as it was.
+"""Weights that must not be taken are refused, and what they have not reached stays as it was; where they are taken,
+everything that CUDA graphs know the address of stays where it is.
 
 While weights arrive, vLLM has the layers that it waits for on the meta device, and puts their tensors back when all is
 done. What breaks off on the way would leave them there, and the parts that it brought would be taken for those of the
@@ -36,8 +37,9 @@ def check_arrived(layer: torch.nn.Module, name: str, numel: int, members: str) -
     info = layerwise.get_layerwise_info(layer)
     if info.load_numel == 0 < numel and _reads_checkpoint():
         raise ValueError(
-            f"qwantize: {name}: the checkpoint has no weight for it; give {members} (on this rank), or, if the model "
-            "does without, name the layer in the setting ignore"
+            f"qwantize: {name}: the checkpoint has no weight for it, or the model or load_format takes it another way "
+            f"than by the weight's loader; give {members} (on this rank), or, if the model does without, name the "
+            "layer in the setting ignore"
         )
     if 0 < info.load_numel < numel:
         raise ValueError(
@@ -57,9 +59,13 @@ def check_arrived(layer: torch.nn.Module, name: str, numel: int, members: str) -
 
 
 def _reads_checkpoint() -> bool:
-    """Whether weights come from files; with `load_format: dummy` vLLM writes random ones into layers itself."""
+    """Whether weights come from files, those of a draft model too, which may have a load_format of its own; with
+    `dummy` vLLM writes random ones into layers itself."""
     config = get_current_vllm_config_or_none()
-    return config is not None and config.load_config.load_format != "dummy"
+    if config is None:
+        return False
+    draft = getattr(config.speculative_config, "draft_load_config", None)
+    return all(each.load_format != "dummy" for each in (config.load_config, draft) if each is not None)
 
 
 def check_not_moved(runner: Any, name: str, physical: int, logical: int) -> None:
@@ -87,7 +93,10 @@ def check_not_moved(runner: Any, name: str, physical: int, logical: int) -> None
 @contextlib.contextmanager
 def same_addresses(*owners: Any) -> Iterator[None]:
     """Tensors of a layer that are neither parameters nor buffers, and those of other objects, stay where they are, with
-    what is put in their place inside: CUDA graphs hold their addresses, and vLLM's reload does not look after them."""
+    what is put in their place inside: CUDA graphs hold their addresses, and vLLM's reload does not look after them.
+
+    Not for tensors of one owner that exchange their memory, nor for such as only inference mode may write.
+    """
     before = [
         (owner, name, each) for owner in owners for name, each in vars(owner).items() if isinstance(each, torch.Tensor)
     ]

@@ -114,7 +114,7 @@ def test_rows_of_a_larger_weight_and_columns_that_are_not_adjacent():
 
 
 @pytest.mark.parametrize("k", [1056, 4096])
-@pytest.mark.parametrize("m", [65, 333])
+@pytest.mark.parametrize("m", [65, 333, 515])  # the last one in two pieces
 def test_many_tokens(variant, m, k):
     dtype = torch.bfloat16 if variant == "pairs" else torch.float32
     q, x = weight_and_input(k=k, m=m, dtype=dtype)

@@ -9,11 +9,14 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from qwantize_vllm import QwantizeSettings
 from qwantize_vllm.checkpoint import LAYOUTS
-from qwantize_vllm.plugin import packed
+from qwantize_vllm.plugin import invariance, packed
 from qwantize_vllm.plugin.config import QwantizeConfig
 from qwantize_vllm.plugin.packed import PackedConfig
 from qwantize_vllm.plugin.packed_format import packed_of
+from qwantize_vllm.plugin.packed_linear import PackedLinearMethod
+from qwantize_vllm.plugin.report import LoadReport
 
 CT = LAYOUTS["compressed-tensors"].config(["lm_head"], 16)
 MODELOPT = LAYOUTS["modelopt"].config(["lm_head"], 16)
@@ -67,6 +70,31 @@ def test_kernels_of_vllm_refuse_a_checkpoint_with_blocks_of_32(backend, monkeypa
     config = QwantizeConfig.from_config(LAYOUTS["qwantize"].config([], 32))
     with pytest.raises(ValueError, match=f"backend '{backend}' takes blocks of 16, block_size is 32"):
         _ = config.settings
+
+
+def test_a_backend_that_is_not_batch_invariant_is_refused(monkeypatch):
+    running = SimpleNamespace(additional_config={"qwantize": {"backend": "marlin"}}, load_config=None)
+    monkeypatch.setattr(packed, "get_current_vllm_config", lambda: running)
+    monkeypatch.setattr(packed, "_look_at_files", lambda config, strict: None)
+    monkeypatch.setattr(invariance.envs, "VLLM_BATCH_INVARIANT", True)
+    monkeypatch.delenv("QWANTIZE_CONFIG", raising=False)
+    config = QwantizeConfig.from_config(LAYOUTS["qwantize"].config([], 16))
+    with pytest.raises(ValueError, match=r"VLLM_BATCH_INVARIANT=1 .* backend 'marlin' does not give"):
+        _ = config.settings
+
+
+def test_a_reload_may_not_need_more_global_scales_than_a_fused_layer_has():
+    settings = QwantizeSettings()
+    kept_one, kept_three = (
+        PackedLinearMethod(settings, "self_attn.qkv_proj", LoadReport(settings), packed_of(OURS["own"][0]))
+        for _ in range(2)
+    )
+    kept_one._check_members(1)
+    kept_one._check_members(1)
+    with pytest.raises(ValueError, match="qkv_proj: its members have different global scales in the weights that are"):
+        kept_one._check_members(3)
+    for members in (3, 1, 3):
+        kept_three._check_members(members)
 
 
 @pytest.mark.parametrize("case", OTHERS)

@@ -1,6 +1,9 @@
-"""What CUDA graphs hold the addresses of, and vLLM's reload does not look after."""
+"""Layers of which nothing came; and what CUDA graphs hold the addresses of, and vLLM's reload does not look after."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +11,20 @@ import torch
 pytest.importorskip("vllm")
 
 from qwantize_vllm.plugin import reloading
-from qwantize_vllm.plugin.reloading import keep_latent_projections, same_addresses
+from qwantize_vllm.plugin.reloading import check_arrived, keep_latent_projections, same_addresses
+
+
+@pytest.mark.parametrize(
+    ("model", "draft", "refused"),
+    [("auto", None, True), ("dummy", None, False), ("auto", "dummy", False), ("auto", "auto", True)],
+)
+def test_a_layer_without_weights_is_refused_unless_vllm_writes_random_ones(monkeypatch, model, draft, refused):
+    formats = [SimpleNamespace(load_format=each) for each in (model, draft)]
+    speculative = None if draft is None else SimpleNamespace(draft_load_config=formats[1])
+    config = SimpleNamespace(load_config=formats[0], speculative_config=speculative)
+    monkeypatch.setattr(reloading, "get_current_vllm_config_or_none", lambda: config)
+    with pytest.raises(ValueError, match="o_proj: the checkpoint has no weight") if refused else nullcontext():
+        check_arrived(torch.nn.Linear(2, 2), "o_proj", 4, "o_proj")
 
 
 class Attention(torch.nn.Module):
