@@ -12,10 +12,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from qwantize_vllm.layer_names import fused_members, matches, named_parts
+from qwantize_vllm.plugin.addresses import keep_latent_projections
 from qwantize_vllm.plugin.linear import QwantizeLinearMethod
 from qwantize_vllm.plugin.measured_experts import MeasuredExperts, measures_experts
 from qwantize_vllm.plugin.moe import QwantizeMoEMethod, expert_members, why_not_experts
-from qwantize_vllm.plugin.reloading import keep_latent_projections
 from qwantize_vllm.plugin.towers import is_of_tower
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from qwantize_vllm.checkpoint import LAYOUTS, Checkpoint
 from qwantize_vllm.checkpoint.export import NOTES, verify
+from qwantize_vllm.plugin.addresses import keep_latent_projections
 from qwantize_vllm.plugin.base_config import METHOD, QwantizeBaseConfig, add_to_compile_key
 from qwantize_vllm.plugin.fusion import install_fusion
 from qwantize_vllm.plugin.invariance import check_backend
@@ -31,7 +32,6 @@ from qwantize_vllm.plugin.moe import expert_members, why_not_experts
 from qwantize_vllm.plugin.packed_experts import PackedMoEMethod
 from qwantize_vllm.plugin.packed_format import Packed, packed_of
 from qwantize_vllm.plugin.packed_linear import PackedLinearMethod
-from qwantize_vllm.plugin.reloading import keep_latent_projections
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.settings import QwantizeSettings, environment_settings, resolve_settings
 

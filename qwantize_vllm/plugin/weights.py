@@ -21,8 +21,8 @@ from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.compile_ahead import compile_ahead
 from qwantize_vllm.matmul.op import matmul_op, matmul_swizzled_op
 from qwantize_vllm.matmul.swizzle import swizzle
+from qwantize_vllm.plugin.addresses import same_addresses
 from qwantize_vllm.plugin.invariance import plain_backend, swizzled_backend
-from qwantize_vllm.plugin.reloading import same_addresses
 from qwantize_vllm.plugin.vllm_kernels import KERNELS, describe, make_kernel
 from qwantize_vllm.settings import QwantizeSettings
 
