@@ -89,13 +89,14 @@ def test_a_reload_keeps_what_kernels_of_vllm_work_in(monkeypatch):
     kernel = KernelWithWorkspace()
     monkeypatch.setattr(weights, "make_kernel", lambda name: kernel)
     first, second = quantize([70]), quantize([70], seed=1)
+    old, new = (float(each.global_scales[0]) for each in (first, second))  # vLLM 0.33 may write the new over the old
     layer, form = new_layer(), VllmForm("marlin")
     form.keep(layer, first)
     workspace, locks = layer.workspace, kernel.locks
     locks += 1  # what sleep mode may leave there
     form.keep(layer, second)
     assert layer.workspace is workspace
-    assert workspace.tolist() == [float(second.global_scales[0])] * 4 != [float(first.global_scales[0])] * 4
+    assert workspace.tolist() == [new] * 4 != [old] * 4
     assert kernel.locks is locks
     assert not locks.any()
 
