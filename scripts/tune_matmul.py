@@ -131,10 +131,13 @@ def normed_table(block_size: int) -> Table:
         weights = swizzled_copies(LAYERS[name], block_size)
         x = random_activations(m, LAYERS[name][1], torch.bfloat16, torch.device("cuda"))
         shapes = [shape for shape in decode_shapes(m, block_size) if not gated or shape.parts > 1]
-        best = sorted((time_normed(x, weights, gated, shape), shape) for shape in shapes)[:3]
         by_the_rules = choose_normed_shape(9, m, gated, block_size)
-        others = [time_normed(x, weights, gated, shape) for shape in (None, by_the_rules)]
-        table.add_row(name, str(m), *(f"{us:.2f}" for us in others), *(f"{us:.2f} {tuple(each)}" for us, each in best))
+        timed = time_all(
+            *(functools.partial(time_normed, x, weights, gated, shape) for shape in (None, by_the_rules, *shapes))
+        )
+        best = sorted(zip(timed[2:], shapes, strict=True))[:3]
+        words = [f"{us:.2f} {tuple(shape)}" for us, shape in best]
+        table.add_row(name, str(m), *(f"{us:.2f}" for us in timed[:2]), *words)
     return table
 
 

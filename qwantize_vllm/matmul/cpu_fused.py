@@ -22,10 +22,8 @@ _PIECE = 512  # tokens: so much of x and of the result is there in float32 at a 
 
 def matmul_cpu_fused(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x (M, K) -> (M, N) in x's dtype, accumulated in float32; a token's bits do not depend on the others."""
-    y = x.new_empty(x.shape[0], q.shape[0])
-    for start in range(0, x.shape[0], _PIECE):
-        y[start : start + _PIECE] = _float_product(x[start : start + _PIECE], q, bias)
-    return y
+    products = [_float_product(piece, q, bias).to(x.dtype) for piece in x.split(_PIECE)]
+    return products[0] if len(products) == 1 else torch.cat(products)
 
 
 def _float_product(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> torch.Tensor:

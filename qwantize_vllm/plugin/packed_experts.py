@@ -16,7 +16,7 @@ from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.plugin.expert_weights import QuantizedExperts
 from qwantize_vllm.plugin.moe import ExpertMethod, local_experts
 from qwantize_vllm.plugin.packed_format import Packed
-from qwantize_vllm.plugin.packed_tensors import check_dtype, check_scales, input_scales
+from qwantize_vllm.plugin.packed_tensors import check_dtype, check_scales, input_scales, members_kept
 from qwantize_vllm.plugin.reloading import old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.versions import PROCESSED
@@ -128,18 +128,13 @@ class PackedMoEMethod(ExpertMethod):
             )
 
     def _check_members(self, members: int) -> None:
-        """Whether gate and up may have `members` global scales; where weights are reloaded, addresses stay."""
+        """Whether gate and up may have `members` global scales."""
         if members > 1 and self.settings.backend in ("vllm", "marlin"):
             raise ValueError(
                 f"qwantize: {self.name}: backend {self.settings.backend!r} takes one global scale for gate and up, "
                 "those of this layer have different ones in the checkpoint; choose backend: auto"
             )
-        if members > self._members > 0:
-            raise ValueError(
-                f"qwantize: {self.name}: gate and up have different global scales in the weights that are loaded now, "
-                "and had the same ones before; start the server anew with these weights"
-            )
-        self._members = max(members, self._members)
+        self._members = members_kept(self.name, "gate and up", members, self._members)
 
     def _loaded(self, layer: RoutedExperts, weight: str) -> Nvfp4Tensor:
         """What has arrived of w13 or w2, (E, members, N/members, K); members is 1 where their global scales agree."""

@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter, PerTensorScaleParameter
 
 from qwantize_vllm.plugin.packed_format import Packed
-from qwantize_vllm.plugin.packed_tensors import check_dtype, check_scales, input_scales
+from qwantize_vllm.plugin.packed_tensors import check_dtype, check_scales, input_scales, members_kept
 from qwantize_vllm.plugin.reloading import old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.versions import PROCESSED
@@ -101,7 +101,7 @@ class PackedLinearMethod(LinearMethodBase):
                 f"qwantize: {self.name}: backend {self.settings.backend!r} takes one global scale a layer, the members "
                 "of this one have different ones in the checkpoint; choose backend: auto"
             )
-        self._check_members(len(quantized.widths))
+        self._members = members_kept(self.name, "its members", len(quantized.widths), self._members)
         self._form = self._form or choose_form(self.settings, quantized)
         after = self._form.keep(layer, quantized)
         setattr(layer, PROCESSED, True)
@@ -131,15 +131,6 @@ class PackedLinearMethod(LinearMethodBase):
                 raise ValueError(
                     f"qwantize: {self.name}: the checkpoint lacks {name} of {members - len(parts)} of {members} members"
                 )
-
-    def _check_members(self, members: int) -> None:
-        """Whether there may be so many global scales: where weights are reloaded, their tensor stays where it is."""
-        if members > self._members > 0:
-            raise ValueError(
-                f"qwantize: {self.name}: its members have different global scales in the weights that are loaded now, "
-                "and had the same one before; start the server anew with these weights"
-            )
-        self._members = max(members, self._members)
 
 
 def _members(factors: torch.Tensor, widths: list[int]) -> tuple[torch.Tensor, list[int]]:

@@ -38,3 +38,17 @@ def check_scales(layer: str, layout: Layout, block_scales: torch.Tensor, factors
             f"qwantize: {layer}: {layout.global_scale} gives the global scales {factors[bad].tolist()}, "
             "which must be positive and finite; the checkpoint is damaged, or is not NVFP4"
         )
+
+
+def members_kept(layer: str, whose: str, members: int, before: int) -> int:
+    """How many global scales a layer keeps whose weights, loaded now, have `members`; before: it kept so many, or 0.
+
+    Raises:
+        ValueError: more than before. Where weights are reloaded the tensor of scales stays where it is, in its size.
+    """
+    if members > before > 0:
+        raise ValueError(
+            f"qwantize: {layer}: {whose} have different global scales in the weights that are loaded now, and had the "
+            "same one before; start the server anew with these weights"
+        )
+    return max(members, before)

@@ -33,6 +33,13 @@ class Server:
         """The lines of the log that hold `text`."""
         return [line for line in self.log.read_text(errors="replace").splitlines() if text in line]
 
+    def engines_that_answered(self) -> int:
+        """How many have answered a request to the length that was asked for."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=PATIENCE) as answer:
+            lines = answer.read().decode().splitlines()
+        counts = [line for line in lines if line.startswith("vllm:request_success_total") and 'reason="length"' in line]
+        return sum(float(line.split()[-1]) > 0 for line in counts)
+
     def is_healthy(self) -> bool:
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:

@@ -182,14 +182,6 @@ def prompt_scores(server: Server) -> list[list[float]]:
     return [choice["logprobs"]["token_logprobs"][1:97] for choice in choices]
 
 
-def served_by(server: Server) -> int:
-    """How many engines have answered."""
-    with httpx.Client(base_url=server.url, timeout=PATIENCE, trust_env=False) as client:
-        lines = client.get("/metrics").text.splitlines()
-    counts = [line for line in lines if line.startswith("vllm:request_success_total") and 'reason="length"' in line]
-    return sum(float(line.split()[-1]) > 0 for line in counts)
-
-
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor parallel", "expert parallel"])
 def test_engines_side_by_side_share_their_experts(tmp_path: Path, expert_parallel: bool) -> None:
     """Data parallelism: attention is there twice, each expert or half of it once."""
@@ -203,7 +195,7 @@ def test_engines_side_by_side_share_their_experts(tmp_path: Path, expert_paralle
         with serve(tmp_path / name, checkpoint, *options, *more) as server:
             server.wait_until_healthy()
             scores.append(prompt_scores(server))
-            assert served_by(server) == len(server.lines("qwantize summary: ")) == (2 if more else 1)
+            assert server.engines_that_answered() == len(server.lines("qwantize summary: ")) == (2 if more else 1)
     apart = [abs(a - b) for answer in scores[1] for a, b in zip(answer, scores[0][0], strict=True)]
     print(f"\n{len(apart)} log-probabilities, apart by {statistics.median(apart):.4f}, at most by {max(apart):.4f}")
     assert statistics.median(apart) < 0.05

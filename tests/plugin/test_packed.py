@@ -9,14 +9,12 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from qwantize_vllm import QwantizeSettings
 from qwantize_vllm.checkpoint import LAYOUTS
 from qwantize_vllm.plugin import invariance, packed
 from qwantize_vllm.plugin.config import QwantizeConfig
 from qwantize_vllm.plugin.packed import PackedConfig
 from qwantize_vllm.plugin.packed_format import packed_of
-from qwantize_vllm.plugin.packed_linear import PackedLinearMethod
-from qwantize_vllm.plugin.report import LoadReport
+from qwantize_vllm.plugin.packed_tensors import members_kept
 
 CT = LAYOUTS["compressed-tensors"].config(["lm_head"], 16)
 MODELOPT = LAYOUTS["modelopt"].config(["lm_head"], 16)
@@ -83,18 +81,11 @@ def test_a_backend_that_is_not_batch_invariant_is_refused(monkeypatch):
         _ = config.settings
 
 
-def test_a_reload_may_not_need_more_global_scales_than_a_fused_layer_has():
-    settings = QwantizeSettings()
-    kept_one, kept_three = (
-        PackedLinearMethod(settings, "self_attn.qkv_proj", LoadReport(settings), packed_of(OURS["own"][0]))
-        for _ in range(2)
-    )
-    kept_one._check_members(1)
-    kept_one._check_members(1)
+def test_a_reload_may_not_need_more_global_scales_than_there_are():
+    kept = [members_kept("qkv_proj", "its members", *each) for each in ((1, 0), (1, 1), (1, 3), (3, 0))]
+    assert kept == [1, 1, 3, 3]
     with pytest.raises(ValueError, match="qkv_proj: its members have different global scales in the weights that are"):
-        kept_one._check_members(3)
-    for members in (3, 1, 3):
-        kept_three._check_members(members)
+        members_kept("qkv_proj", "its members", 3, 1)
 
 
 @pytest.mark.parametrize("case", OTHERS)
