@@ -14,7 +14,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from qwantize_vllm.matmul import gluon_grouped, gluon_wgmma, launcher, partial_sums, replay, triton_grouped, triton_plan
+from qwantize_vllm.matmul import gluon_grouped, gluon_wgmma, launcher, partial_sums, replay, triton_grouped
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.gluon_decode import matmul_decode
 from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
@@ -124,8 +124,8 @@ def check_areas() -> None:
     print("areas")
 
 
-def experts(n: int, k: int, gated: bool) -> SwizzledExperts:
-    count, groups, tiles = 8, -(-n // 64), -(-k // 64)
+def experts(n: int, k: int, gated: bool, count: int = 8) -> SwizzledExperts:
+    groups, tiles = -(-n // 64), -(-k // 64)
     words = torch.empty(count, groups, tiles, 4, 256, dtype=torch.int16)
     scales = torch.empty(count, groups, -(-tiles // 4), 64, 4, dtype=torch.int32)
     return SwizzledExperts(words, scales, torch.ones(count, 1 + gated), (n, k), 16, gated)
@@ -139,9 +139,8 @@ def check_experts(run: Any, tokens: int) -> None:
     own = [x, weights, ids, *(each for w in (w13, w2) for each in (w.words, w.scales, w.global_scales))]
 
     def launched(launch: Any) -> list[tuple[Any, ...]]:
-        triton_plan.launch_again = triton_grouped.launch_again = gluon_grouped.launch_again = launch
         launches.clear()
-        run(x, w13, w2, weights, ids, "silu")
+        run(x, w13, w2, weights, ids, "silu", launch=launch)
         return list(launches)
 
     launched(launcher.launch_again)

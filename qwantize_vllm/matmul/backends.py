@@ -20,6 +20,7 @@ from qwantize_vllm.matmul.cpu_fused import matmul_cpu_fused, why_not_fused
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.gpu import capability_major
 from qwantize_vllm.matmul.grouped_shapes import WGMMA_PAIRS
+from qwantize_vllm.matmul.launcher import launch_again
 from qwantize_vllm.matmul.reference import matmul_reference
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, DecodeShape, Shape, TileShape, choose_shape
@@ -163,6 +164,7 @@ def run_experts(
     topk_ids: torch.Tensor,
     activation: str,
     backend: str = "auto",
+    launch: Launch = launch_again,
 ) -> torch.Tensor:
     """x (M, K) through the swizzled experts that each token is routed to; see `experts_swizzled`.
 
@@ -173,16 +175,22 @@ def run_experts(
 
     given = (x, w13, w2, topk_weights, topk_ids, activation)
     if backend == "batch_invariant":
-        return experts_swizzled(*given, (ANY_TOKENS, ANY_TOKENS), split=False)
-    many = topk_ids.numel() >= WGMMA_PAIRS * w13.words.shape[0]
-    if not (many and x.is_cuda and capability_major(x.device) == 9):
-        return experts_swizzled(*given)
-    if reason := why_no_gluon() or _why_no_grouped_wgmma(w13, w2):
-        tell_once(f"the kernel of gluon_grouped {reason}; a slower one takes its place")
-        return experts_swizzled(*given)
+        return experts_swizzled(*given, (ANY_TOKENS, ANY_TOKENS), split=False, launch=launch)
+    if topk_ids.numel() < WGMMA_PAIRS * w13.words.shape[0] or not serves_by_wgmma(x.device, w13, w2):
+        return experts_swizzled(*given, launch=launch)
     from qwantize_vllm.matmul.gluon_grouped import experts_wgmma
 
-    return experts_wgmma(*given)
+    return experts_wgmma(*given, launch=launch)
+
+
+def serves_by_wgmma(device: torch.device, w13: SwizzledExperts, w2: SwizzledExperts) -> bool:
+    """Whether the kernel in Gluon serves these experts where they have many pairs; a warning where it ought to."""
+    if device.type != "cuda" or capability_major(device) != 9:
+        return False
+    if reason := why_no_gluon() or _why_no_grouped_wgmma(w13, w2):
+        tell_once(f"the kernel of gluon_grouped {reason}; a slower one takes its place")
+        return False
+    return True
 
 
 def _why_no_grouped_wgmma(w13: SwizzledExperts, w2: SwizzledExperts) -> str | None:

@@ -111,6 +111,13 @@ def start_compiling(request: Request) -> threading.Thread | None:
         return _thread
 
 
+def wait_for_compiling() -> None:
+    """Until the kernels are compiled that layers have asked for so far."""
+    thread = _thread
+    if thread is not None:
+        thread.join()
+
+
 def _run() -> None:
     while requests := _gather():
         try:

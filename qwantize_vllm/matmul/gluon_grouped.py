@@ -34,6 +34,7 @@ from qwantize_vllm.matmul.launcher import launch_again
 from qwantize_vllm.matmul.triton_grouped import activate, sum_experts
 from qwantize_vllm.matmul.triton_plan import make_plan, slots_for
 from qwantize_vllm.matmul.wgmma_shapes import WgmmaShape
+from qwantize_vllm.triton_launch import Launch
 
 # Of h: half as wide as a tile of rows.
 H_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
@@ -55,6 +56,8 @@ def experts_wgmma(
     topk_ids: torch.Tensor,
     activation: str,
     shape: WgmmaShape | None = None,
+    *,
+    launch: Launch = launch_again,
 ) -> torch.Tensor:
     """As `experts_swizzled` of triton_grouped.py; shape: default the one that grouped_shapes.py chooses."""
     y = torch.empty(x.shape[0], w2.shape[0], dtype=x.dtype, device=x.device)
@@ -64,16 +67,16 @@ def experts_wgmma(
     shape = shape or choose_grouped_wgmma(pairs, experts)
     ids = topk_ids.reshape(-1).to(torch.int32)
     slots = slots_for(pairs, experts, shape.tokens)
-    plan, rows = make_plan(ids, experts, shape.tokens, slots), slots * shape.tokens
+    plan, rows = make_plan(ids, experts, shape.tokens, slots, launch), slots * shape.tokens
     inputs, h, z = (
         torch.empty(rows, width, dtype=x.dtype, device=x.device)
         for width in (x.shape[1], w13.shape[0] // 2, w2.shape[0])
     )
     copy = (x, plan[slots:], inputs, x.shape[1], topk_ids.shape[1], x.stride(0))
-    launch_again(_copy_kernel, (rows,), *copy, COLUMNS=_COPY_COLUMNS, num_warps=4, **dependent_launch(x.device))
-    _launch(inputs, w13, plan, slots, h, shape, activation)
-    _launch(h, w2, plan, slots, z, shape, "none")
-    sum_experts(z[None], topk_weights, ids, plan[slots + rows :], y)
+    launch(_copy_kernel, (rows,), *copy, COLUMNS=_COPY_COLUMNS, num_warps=4, **dependent_launch(x.device))
+    _launch(inputs, w13, plan, slots, h, shape, activation, launch)
+    _launch(h, w2, plan, slots, z, shape, "none", launch)
+    sum_experts(z[None], topk_weights, ids, plan[slots + rows :], y, launch)
     return y
 
 
@@ -85,12 +88,13 @@ def _launch(
     y: torch.Tensor,
     shape: WgmmaShape,
     activation: str,
+    launch: Launch,
 ) -> None:
     groups, tiles = weight.words.shape[1:3]
     row_tiles = -(-groups // shape.groups)
     works, width = slots * row_tiles, 64 if activation == "none" else 32
     y_layout = X_LAYOUT if activation == "none" else H_LAYOUT
-    launch_again(
+    launch(
         _grouped_wgmma_kernel,
         (min(works, multiprocessors(x.device)),),
         Described(x, list(x.shape), [x.stride(0), 1], [shape.tokens, 64], X_LAYOUT),
@@ -116,7 +120,7 @@ def _launch(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pairs_ptr"])  # a part of a plan
 def _copy_kernel(x_ptr, pairs_ptr, out_ptr, k, top_k, x_stride, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr):
     """Row i of the result is that of x whose token pair i of the plan has; others are left as they are."""
     if DEPENDENT:

@@ -37,9 +37,17 @@ ELSEWHERE = (
 
 def choose_grouped(major: int | None, pairs: int, experts: int) -> tuple[TileShape, TileShape]:
     """The shapes of both products; major: of an NVIDIA GPU's compute capability, None for anything else."""
-    rules = ELSEWHERE if major is None else RULES.get(major, ELSEWHERE)
-    rule = next(rule for rule in rules if pairs / experts <= rule.pairs)
+    rule = next(rule for rule in _rules(major) if pairs / experts <= rule.pairs)
     return rule.gate_up, rule.down
+
+
+def last_pairs(major: int | None) -> float:
+    """With more pairs an expert than these the shapes are always the same."""
+    return max(rule.pairs for rule in _rules(major) if rule.pairs != _ANY)
+
+
+def _rules(major: int | None) -> tuple[GroupedRule, ...]:
+    return ELSEWHERE if major is None else RULES.get(major, ELSEWHERE)
 
 
 # From so many pairs an expert on, on average, the kernel of gluon_grouped.py is faster on an H200: with 32 to 64 both
@@ -55,3 +63,10 @@ def choose_grouped_wgmma(pairs: int, experts: int) -> WgmmaShape:
         return (pairs / shape.tokens + min(experts, pairs) / 2) * STEPS[shape] / shape.groups
 
     return min(STEPS, key=cost)
+
+
+def grouped_wgmma_shapes() -> list[WgmmaShape]:
+    """What `choose_grouped_wgmma` answers from WGMMA_PAIRS an expert on."""
+    experts = 64  # any: where all have pairs, how many each has decides
+    pairs = (round(experts * WGMMA_PAIRS * 2 ** (step / 8)) for step in range(80))
+    return list(dict.fromkeys(choose_grouped_wgmma(each, experts) for each in pairs))

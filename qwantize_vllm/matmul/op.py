@@ -14,6 +14,7 @@ from qwantize_vllm.matmul.experts_cpu import experts_one_by_one, members_of
 from qwantize_vllm.matmul.normed import AddedNorm, gate_alone, norm_alone, one_kernel
 from qwantize_vllm.matmul.replay import replay_or_run
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
+from qwantize_vllm.matmul.warm_up import warm_up, warm_up_experts
 from qwantize_vllm.triton_launch import Launch, launch_now
 
 
@@ -64,6 +65,8 @@ def _matmul_swizzled(
 
     def run(launch: Launch) -> torch.Tensor:
         weight = SwizzledNvfp4(words, scales, global_scale, arrived, (n, x.shape[-1]), block_size)
+        if flat.is_cuda and backend == "auto":
+            warm_up(weight, flat.dtype, bias)
         return run_swizzled(flat, weight, bias, backend, launch)
 
     if flat.is_cuda:
@@ -187,6 +190,8 @@ def _experts_swizzled(
     (out, intermediate); backend: see `run_experts`."""
     first = SwizzledExperts(w13[0], w13[1], w13[2], (2 * intermediate, x.shape[1]), block_size, gated=True)
     second = SwizzledExperts(w2[0], w2[1], w2[2], (out, intermediate), block_size, gated=False)
+    if x.is_cuda and backend == "auto":
+        warm_up_experts(first, second, topk_ids.shape[1], x.dtype, activation)
     return run_experts(x, first, second, topk_weights, topk_ids, activation, backend)
 
 

@@ -43,6 +43,7 @@ from qwantize_vllm.matmul.triton_fragments import (
 )
 from qwantize_vllm.matmul.triton_plan import make_plan, slots_for
 from qwantize_vllm.matmul.triton_swizzled import _product
+from qwantize_vllm.triton_launch import Launch
 
 # Up to the last of these numbers of pairs every program finds its own; it is compiled for each.
 _FEW_PAIRS = (16, 64, 256)
@@ -75,12 +76,14 @@ def experts_swizzled(
     shapes: tuple[TileShape, TileShape] | None = None,
     *,
     split: bool = True,
+    launch: Launch = launch_again,
 ) -> torch.Tensor:
     """x (M, K) bfloat16 or float16, contiguous rows -> (M, N of w2) in x's dtype.
 
     topk_weights: float (M, top_k). topk_ids: (M, top_k) integers below E; negative: not here. activation: one of
     ACTIVATIONS. shapes: of both products, default those of grouped_shapes.py. split: whether K may be cut into slices,
-    of which there are the more the fewer tokens: the last bits depend on it.
+    of which there are the more the fewer tokens: the last bits depend on it. launch: what else to do with the kernels
+    than to run them (compile_ahead.py).
     """
     tokens, top_k = topk_ids.shape
     y = torch.empty(tokens, w2.shape[0], dtype=x.dtype, device=x.device)
@@ -89,20 +92,38 @@ def experts_swizzled(
     pairs, experts = topk_ids.numel(), w13.words.shape[0]
     first, second = shapes or choose_grouped(capability_major(x.device), pairs, experts)
     ids = topk_ids.reshape(-1).to(torch.int32)
-    tiles = _tiles(ids, experts, first.tokens)
+    tiles = _tiles(ids, experts, first.tokens, launch)
     h = torch.empty(pairs, w13.shape[0] // 2, dtype=x.dtype, device=x.device)
-    _launch(x, w13, tiles, h, first, top_k, 1, activation)
+    _launch(x, w13, tiles, h, first, top_k, 1, activation, launch)
     if second.tokens != first.tokens:
-        tiles = _tiles(ids, experts, second.tokens)
-    splits = _splits(x.device, tiles, w2, second) if split else 1
+        tiles = _tiles(ids, experts, second.tokens, launch)
+    splits = _splits(x.device, tiles.slots, w2, second) if split else 1
     z = torch.empty(splits, pairs, w2.shape[0], dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
-    _launch(h, w2, tiles, z, second, 1, splits, "none")
-    sum_experts(z, topk_weights, ids, None, y)
+    _launch(h, w2, tiles, z, second, 1, splits, "none", launch)
+    sum_experts(z, topk_weights, ids, None, y, launch)
     return y
 
 
+def tokens_of_each_kind(w13: SwizzledExperts, w2: SwizzledExperts, top_k: int, most: int) -> list[int]:
+    """Of the numbers of tokens up to `most` the first for each set of kernels that `experts_swizzled` launches."""
+    device, experts = w13.words.device, w13.words.shape[0]
+    kinds: dict[object, int] = {}
+    for tokens in range(1, most + 1):
+        pairs = tokens * top_k
+        shapes = choose_grouped(capability_major(device), pairs, experts)
+        slots, planned = _slots(pairs, experts, shapes[1].tokens)
+        splits = _splits(device, slots, w2, shapes[1])
+        kinds.setdefault((shapes, 0 if planned else _few(pairs), splits > 1), tokens)
+    return list(kinds.values())
+
+
 def sum_experts(
-    z: torch.Tensor, topk_weights: torch.Tensor, ids: torch.Tensor, places: torch.Tensor | None, y: torch.Tensor
+    z: torch.Tensor,
+    topk_weights: torch.Tensor,
+    ids: torch.Tensor,
+    places: torch.Tensor | None,
+    y: torch.Tensor,
+    launch: Launch = launch_again,
 ) -> None:
     """y (M, N): of each token the weighted sum over its pairs, and over slices of K.
 
@@ -110,7 +131,7 @@ def sum_experts(
     their order.
     """
     (splits, rows, n), (tokens, top_k) = z.shape, topk_weights.shape
-    launch_again(
+    launch(
         _sum_kernel,
         (tokens, -(-n // _SUM_COLUMNS)),
         z,
@@ -128,18 +149,26 @@ def sum_experts(
     )
 
 
-def _tiles(ids: torch.Tensor, experts: int, width: int) -> Tiles:
-    pairs = ids.numel()
-    if pairs <= min(_FEW_PAIRS[-1], max(_FEW_PAIRS[0], experts)):
-        return Tiles(ids, experts, width, pairs, None)
-    slots = slots_for(pairs, experts, width)
-    return Tiles(ids, experts, width, slots, make_plan(ids, experts, width, slots))
+def _tiles(ids: torch.Tensor, experts: int, width: int, launch: Launch) -> Tiles:
+    slots, planned = _slots(ids.numel(), experts, width)
+    return Tiles(ids, experts, width, slots, make_plan(ids, experts, width, slots, launch) if planned else None)
 
 
-def _splits(device: torch.device, tiles: Tiles, weight: SwizzledExperts, shape: TileShape) -> int:
+def _slots(pairs: int, experts: int, width: int) -> tuple[int, bool]:
+    """How many programs a tile of rows has, and whether a plan tells them their pairs."""
+    planned = pairs > min(_FEW_PAIRS[-1], max(_FEW_PAIRS[0], experts))
+    return slots_for(pairs, experts, width) if planned else pairs, planned
+
+
+def _few(pairs: int) -> int:
+    """For how many pairs the kernel is compiled whose programs look at all of them."""
+    return next(few for few in _FEW_PAIRS if pairs <= few)
+
+
+def _splits(device: torch.device, slots: int, weight: SwizzledExperts, shape: TileShape) -> int:
     """Slices of K, a power of two, so that few rows still fill the GPU."""
-    groups, columns = weight.words.shape[1:3]
-    programs = min(tiles.slots, tiles.experts) * -(-groups // shape.groups)
+    experts, groups, columns = weight.words.shape[:3]
+    programs = min(slots, experts) * -(-groups // shape.groups)
     wanted = _PROGRAMS * multiprocessors(device) // programs
     splits = max(1, min(columns // _SHORTEST, wanted))
     return 1 << (splits.bit_length() - 1)
@@ -154,11 +183,12 @@ def _launch(
     share: int,
     splits: int,
     activation: str,
+    launch: Launch,
 ) -> None:
     """share: pairs that share a row of x, one after the other."""
     groups, columns = weight.words.shape[1:3]
     (n, k), pairs, planned = weight.shape, tiles.ids.numel(), tiles.plan is not None
-    launch_again(
+    launch(
         _grouped_kernel,
         (tiles.slots, -(-groups // shape.groups), splits),
         x,
@@ -181,7 +211,7 @@ def _launch(
         TILE_M=shape.tokens,
         GROUPS=shape.groups,
         STEPS=shape.steps,
-        PAIRS=0 if planned else next(few for few in _FEW_PAIRS if pairs <= few),
+        PAIRS=0 if planned else _few(pairs),
         WHOLE_K=k % (shape.steps * COLUMNS) == 0,
         ACTIVATION=activation,
         PTX=x.is_cuda and torch.version.hip is None,
@@ -307,7 +337,8 @@ def activate(gate, ACTIVATION: tl.constexpr):
         return gate / (1.0 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
 
 
-@triton.jit
+# Numbers that change with the tokens, and a part of a plan: one kernel for all.
+@triton.jit(do_not_specialize=["rows", "splits"], do_not_specialize_on_alignment=["places_ptr"])
 def _sum_kernel(
     z_ptr,
     weights_ptr,

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from qwantize_vllm.matmul.dependent_launch import dependent_launch
 from qwantize_vllm.matmul.launcher import launch_again
+from qwantize_vllm.triton_launch import Launch
 
 _CHUNK = 1024  # pairs counted by a program
 _OWN = 128  # pairs placed by a program
@@ -29,16 +30,16 @@ def slots_for(pairs: int, experts: int, width: int) -> int:
     return min(pairs, -(-pairs // width) + experts)
 
 
-def make_plan(ids: torch.Tensor, experts: int, width: int, slots: int) -> torch.Tensor:
+def make_plan(ids: torch.Tensor, experts: int, width: int, slots: int, launch: Launch = launch_again) -> torch.Tensor:
     """int32 (slots * (1 + width) + pairs,) for ids int32 (pairs,)."""
     pairs, bins = ids.numel(), 1 << experts.bit_length()
     chunks = -(-pairs // _CHUNK)
     plan = torch.empty(slots * (1 + width) + pairs, dtype=torch.int32, device=ids.device)
     counts = torch.empty(chunks, bins, dtype=torch.int32, device=ids.device)
     sizes = {"BINS": bins, "CHUNK": _CHUNK, "num_warps": 8, **dependent_launch(ids.device)}
-    launch_again(_count_kernel, (chunks,), ids, counts, plan, pairs, slots * (1 + width), **sizes)
+    launch(_count_kernel, (chunks,), ids, counts, plan, pairs, slots * (1 + width), **sizes)
     place = (ids, counts, plan, pairs, slots, chunks)
-    launch_again(_place_kernel, (-(-pairs // _OWN),), *place, WIDTH=width, OWN=_OWN, **sizes)
+    launch(_place_kernel, (-(-pairs // _OWN),), *place, WIDTH=width, OWN=_OWN, **sizes)
     return plan
 
 

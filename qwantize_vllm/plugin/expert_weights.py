@@ -10,15 +10,18 @@ import dataclasses
 from typing import Any, Protocol
 
 import torch
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.utils import replace_parameter
 
 from qwantize_vllm.format import Nvfp4Tensor
+from qwantize_vllm.matmul.compile_ahead import compile_experts_ahead
 from qwantize_vllm.matmul.experts import swizzle_experts
 from qwantize_vllm.matmul.op import experts_op, experts_swizzled_op
 from qwantize_vllm.plugin.invariance import plain_backend, swizzled_backend
 from qwantize_vllm.plugin.vllm_experts import MarlinExperts, why_not_marlin
+from qwantize_vllm.plugin.weights import first_of_host
 from qwantize_vllm.settings import QwantizeSettings
 
 logger = init_logger(f"vllm.{__name__}")
@@ -111,6 +114,9 @@ class GroupedForm:
             for name, tensors in experts.tensors().items()
         }
         self._scale_dtype = swizzled["w2"].scales.dtype
+        if not envs.VLLM_BATCH_INVARIANT and first_of_host():
+            top_k, activation = layer.moe_config.experts_per_token, layer.activation.value
+            compile_experts_ahead(swizzled["w13"], swizzled["w2"], top_k, experts.dtype, activation)
         return _replace(
             layer,
             {

@@ -137,7 +137,7 @@ class SwizzledForm:
         if len(quantized.widths) > 1:
             widths = torch.tensor(quantized.widths, device=scale.device)
             scale = quantized.global_scales.repeat_interleave(widths)
-        if not envs.VLLM_BATCH_INVARIANT and _first_of_host():
+        if not envs.VLLM_BATCH_INVARIANT and first_of_host():
             # What several layers are fused into follows a norm; two as large as each other are gate and up.
             members = getattr(layer, "logical_widths", [])
             normed = self.fuse_norms and len(members) > 1
@@ -173,7 +173,7 @@ class VllmForm:
         return y if bias is None else y + bias.to(y.dtype)
 
 
-def _first_of_host() -> bool:
+def first_of_host() -> bool:
     """Whether no other rank of this host compiles, into the same cache, what all of them launch."""
     return not model_parallel_is_initialized() or get_world_group().local_rank == 0
 

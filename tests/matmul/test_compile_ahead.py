@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +17,7 @@ import triton
 from qwantize_vllm.matmul import compile_ahead as ahead
 from qwantize_vllm.matmul import replay
 from qwantize_vllm.matmul.backends import run_swizzled
+from qwantize_vllm.matmul.every_kernel import Seen
 from qwantize_vllm.matmul.op import normed_matmul_swizzled_op
 from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.matmul.tile_shapes import choose_shape, shapes_for
@@ -28,6 +33,20 @@ def test_shapes_for_are_those_of_any_number_of_tokens(major, groups, tiles, bloc
     assert set(shapes_for(major, groups, tiles, block_size)) == chosen
 
 
+def test_what_is_launched_ahead_is_what_any_number_of_tokens_takes():
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.every_launch"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.rsplit(maxsplit=1)[0] for line in done.stdout.splitlines()] == [
+        "256x1024",
+        "4096x4096",
+        "8 experts",
+        "64 experts",
+    ]
+
+
 def test_nothing_is_compiled_without_a_gpu():
     _, q = make("cpu", 64, 256, 1, torch.bfloat16)
     ahead.compile_ahead(swizzle(q), torch.bfloat16, None)
@@ -38,10 +57,9 @@ def test_what_cannot_be_noted_is_left_to_the_launch_and_the_log_says_so(monkeypa
     def fail(*given):
         raise KeyError("no such shape")
 
-    monkeypatch.setattr(ahead, "shapes_for", fail)
-    monkeypatch.setattr(ahead, "capability_major", lambda device: 9)
+    monkeypatch.setattr(ahead, "launch_every", fail)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    weight = SimpleNamespace(device=torch.device("cuda"), words=torch.empty(1, 1), block_size=16)
+    weight = SimpleNamespace(device=torch.device("cuda"))
     with caplog.at_level(logging.INFO):
         assert ahead.compile_ahead(weight, torch.bfloat16, None) is None
     assert "compiled as they are launched" in caplog.text
@@ -65,7 +83,7 @@ def compiled(monkeypatch, tmp_path):
                 each.device_caches.clear()
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
-    monkeypatch.setattr(ahead, "_seen", set())
+    monkeypatch.setattr(ahead, "_seen", Seen())
     monkeypatch.setattr(replay, "_recordings", {})
     return names
 

@@ -116,7 +116,7 @@ def test_the_ops_are_registered_as_pytorch_wants_them():
         torch.library.opcheck(op, arguments, test_utils=utils)
 
 
-def test_batch_invariant_results_do_not_depend_on_other_tokens(kernel_on, monkeypatch):
+def test_batch_invariant_results_do_not_depend_on_other_tokens(kernel_on, monkeypatch, exact_products):
     """As test_batch_invariance of one weight: the halves of h cancel each other, and K, where it may be cut, is cut
     otherwise every time."""
     pytest.importorskip("triton")

@@ -169,7 +169,7 @@ def test_many_tokens_are_dequantized_for(kernel_on):
 
 
 @pytest.mark.parametrize("m", [2, 20, 90, pytest.param(700, marks=pytest.mark.gpu)])
-def test_batch_invariance(kernel_on, monkeypatch, m):
+def test_batch_invariance(kernel_on, monkeypatch, exact_products, m):
     """The halves of K cancel each other: all that is left is how each sum was rounded on the way, and K, where it may
     be cut, is cut otherwise every time."""
     x, q = make("cpu", 100, 528, m, torch.bfloat16)

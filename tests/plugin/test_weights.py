@@ -145,4 +145,4 @@ def test_one_rank_of_a_host_compiles_ahead_for_all(monkeypatch, local_rank, expe
     """None: the layer is in no group of ranks, as in these tests."""
     monkeypatch.setattr(weights, "model_parallel_is_initialized", lambda: local_rank is not None)
     monkeypatch.setattr(weights, "get_world_group", lambda: SimpleNamespace(local_rank=local_rank))
-    assert weights._first_of_host() is expected
+    assert weights.first_of_host() is expected

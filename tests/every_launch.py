@@ -1,0 +1,92 @@
+"""Compare the kernels that are launched ahead with those that any number of tokens takes on Hopper; needs no GPU.
+
+    python -m tests.every_launch
+
+A program of its own because TRITON_INTERPRET, which the tests set, must be unset when triton is imported. Prints of how
+many kernels, by what Triton compiles apart, it was all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.runtime import driver
+
+from qwantize_vllm.matmul import backends, every_kernel, gluon_grouped, gluon_wgmma, triton_grouped, triton_swizzled
+from qwantize_vllm.matmul.every_kernel import Seen, launch_every, launch_every_of_experts
+from qwantize_vllm.triton_launch import launch_now
+from tests.replay_launches import Driver, experts, weight
+
+HALF = torch.bfloat16
+
+
+def pretend_hopper() -> None:
+    """Tensors are in the CPU's memory; what asks for their device is told of a GPU."""
+    for module in (backends, every_kernel, triton_grouped):
+        module.capability_major = lambda device: 9  # type: ignore[attr-defined]
+    for other in (gluon_wgmma, triton_grouped, triton_swizzled, gluon_grouped):
+        other.multiprocessors = lambda device: 132  # type: ignore[attr-defined]
+    choose = backends.choose_shape
+    backends.choose_shape = lambda major, m, groups, tiles, gluon, *rest: choose(major, m, groups, tiles, True, *rest)
+    backends.serves_by_wgmma = every_kernel.serves_by_wgmma = lambda *given: True
+    backends.BACKENDS["fused"] = backends.BACKENDS["reference"]  # what asks whether x is on a GPU
+    gluon_wgmma.area_of_stream = lambda device, words: torch.empty(words, dtype=torch.int32)
+
+
+def compiled_by(calls: Iterable[Callable[[], object]]) -> set[tuple[str, Any]]:
+    """Kernels and what they would be compiled for."""
+    found: set[tuple[str, Any]] = set()
+
+    def note(*, key: Any, fn: Any, **rest: Any) -> bool:
+        found.add((fn.name, key))
+        return True  # it is not compiled
+
+    with knobs.runtime.scope():
+        knobs.runtime.jit_cache_hook = note
+        for call in calls:
+            call()
+    return found
+
+
+def compare(name: str, ahead: Callable[[], object], served: Iterable[Callable[[], object]]) -> None:
+    early, needed = compiled_by([ahead]), compiled_by(served)
+    missing = sorted({kernel for kernel, _ in needed - early})
+    assert not missing, f"{name}: launched later: {missing}"
+    # Those for many tokens are chosen by the size of the GPU too.
+    useless = sorted({kernel for kernel, _ in early - needed} - {"_wgmma_kernel"})
+    assert not useless, f"{name}: never launched: {useless}"
+    print(name, len(needed))
+
+
+def products(n: int, k: int) -> None:
+    w = weight(n, k)
+    tokens = [*range(1, 140), *range(140, 9000, 61)]
+    served = (functools.partial(backends.run_swizzled, torch.empty(m, k, dtype=HALF), w, None) for m in tokens)
+    compare(f"{n}x{k}", functools.partial(launch_every, w, HALF, None, launch_now, Seen()), served)
+
+
+def mixture(count: int, top_k: int, hidden: int, intermediate: int) -> None:
+    w13, w2 = experts(2 * intermediate, hidden, True, count), experts(hidden, intermediate, False, count)
+
+    def call(tokens: int) -> None:
+        x, share = torch.empty(tokens, hidden, dtype=HALF), torch.empty(tokens, top_k)
+        ids = torch.zeros(tokens, top_k, dtype=torch.int32)
+        backends.run_experts(x, w13, w2, share, ids, "silu", launch=launch_now)
+
+    every = 2 + 96 * count // top_k  # up to there shapes change from one number of tokens to the next
+    tokens = [*range(1, every), *range(every, 40 * every, 37), 6000 * count // top_k]
+    ahead = functools.partial(launch_every_of_experts, w13, w2, top_k, HALF, "silu", launch_now, Seen())
+    compare(f"{count} experts", ahead, (functools.partial(call, each) for each in tokens))
+
+
+if __name__ == "__main__":
+    driver.set_active(Driver())
+    pretend_hopper()
+    products(256, 1024)
+    products(4096, 4096)
+    mixture(8, 2, 256, 256)
+    mixture(64, 6, 128, 64)
