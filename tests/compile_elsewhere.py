@@ -19,13 +19,15 @@ from triton.runtime import driver
 from qwantize_vllm.matmul import compile_process
 from qwantize_vllm.matmul.compile_process import Request, start_compiling
 from qwantize_vllm.matmul.gluon_decode import matmul_decode
+from qwantize_vllm.matmul.gluon_grouped import experts_wgmma
 from qwantize_vllm.matmul.gluon_wgmma import matmul_wgmma
 from qwantize_vllm.matmul.normed import AddedNorm
 from qwantize_vllm.matmul.tile_shapes import DecodeShape, TileShape
+from qwantize_vllm.matmul.triton_grouped import experts_swizzled
 from qwantize_vllm.matmul.triton_normed import add_norm, silu_and_mul
 from qwantize_vllm.matmul.triton_swizzled import matmul_swizzled
 from qwantize_vllm.triton_launch import Launch
-from tests.replay_launches import Driver, weight
+from tests.replay_launches import Driver, experts, weight
 
 compilations: list[tuple[str, bool]] = []
 
@@ -39,6 +41,10 @@ def launch_all(launch: Launch) -> None:
     matmul_wgmma(x, w, bias, launch=launch)
     add_norm(x, norm, launch)
     silu_and_mul(x, launch)
+    w13, w2 = experts(256, 128, True), experts(128, 128, False)
+    for tokens, run in ((1, experts_swizzled), (200, experts_swizzled), (1, experts_wgmma)):
+        ids = torch.zeros(tokens, 2, dtype=torch.int32)
+        run(x[:tokens, :128], w13, w2, ids.float(), ids, "silu", launch=launch)
 
 
 def warm_up(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

@@ -65,7 +65,8 @@ def test_what_is_being_compiled_is_waited_for(launched, monkeypatch):
     warming = threading.Thread(target=warm_up, args=(weight, torch.bfloat16, None))
     warming.start()
     warming.join(0.2)
-    assert warming.is_alive() and not launched["weights"]
+    assert warming.is_alive()
+    assert not launched["weights"]
     compiled.set()
     warming.join()
     assert len(launched["weights"]) == 1
