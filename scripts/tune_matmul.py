@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, there_and_back, time_call
+from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, mean_there_and_back, time_call
 from qwantize_vllm.cli.bench.inputs import random_activations, random_weight
 from qwantize_vllm.cli.bench.options import BlockSize
 from qwantize_vllm.matmul.backends import run_swizzled
@@ -79,20 +79,18 @@ def tile_table(layers: list[str], tokens: list[int], block_size: int) -> Table:
         for m in tokens:
             x = random_activations(m, LAYERS[name][1], torch.bfloat16, torch.device("cuda"))
             shapes = candidates(m, block_size)
-            timed = time_all(
-                functools.partial(time_calls, [functools.partial(torch.nn.functional.linear, x, w) for w in dense]),
-                *(functools.partial(time_backend, x, weights, backend) for backend in ("auto", "unswizzled")),
-                *(functools.partial(time_shape, x, weights, shape) for shape in shapes),
+            products = [functools.partial(torch.nn.functional.linear, x, w) for w in dense]
+            timed = mean_there_and_back(
+                [
+                    functools.partial(time_calls, products),
+                    *(functools.partial(time_backend, x, weights, backend) for backend in ("auto", "unswizzled")),
+                    *(functools.partial(time_shape, x, weights, shape) for shape in shapes),
+                ]
             )
             best = sorted((us, shape) for us, shape in zip(timed[3:], shapes, strict=True) if us is not None)[:3]
             words = [f"{us:.1f} {KINDS[type(shape)]}{tuple(shape)}" for us, shape in best]
             table.add_row(name, str(m), *(f"{us:.1f}" for us in timed[:3]), *words)
     return table
-
-
-def time_all(*measurements: Callable[[], float | None]) -> list[float | None]:
-    """Microseconds, means of there and back; None where one has none."""
-    return [None if a is None or b is None else (a + b) / 2 for a, b in there_and_back(measurements)]
 
 
 def wgmma_table(block_size: int) -> Table:
@@ -132,8 +130,8 @@ def normed_table(block_size: int) -> Table:
         x = random_activations(m, LAYERS[name][1], torch.bfloat16, torch.device("cuda"))
         shapes = [shape for shape in decode_shapes(m, block_size) if not gated or shape.parts > 1]
         by_the_rules = choose_normed_shape(9, m, gated, block_size)
-        timed = time_all(
-            *(functools.partial(time_normed, x, weights, gated, shape) for shape in (None, by_the_rules, *shapes))
+        timed = mean_there_and_back(
+            [functools.partial(time_normed, x, weights, gated, shape) for shape in (None, by_the_rules, *shapes)]
         )
         best = sorted(zip(timed[2:], shapes, strict=True))[:3]
         words = [f"{us:.2f} {tuple(shape)}" for us, shape in best]

@@ -37,6 +37,8 @@ _FUSED_TOKENS_ELSEWHERE = 16
 # The same on a CPU, measured on one and on two cores of a Zen 4 (AVX-512 with bfloat16, no AMX) against strips; below
 # and above the limit the slower one takes up to a sixth longer. Where AVX-512 has no instruction for x's 16-bit numbers
 # oneDNN takes two to four times as long as the fused kernel, whatever the number of tokens.
+# `python scripts/tune_cpu.py` times both on the CPU at hand. On one core of a Zen 5 it says 48 in bfloat16 (at 64 the
+# fused kernel takes a quarter longer), and in float32 that strips take 10 to 60 % longer, up to 1,024 tokens at least.
 _CPU_FUSED_TOKENS = 64
 # Not measured: AMX, float16 that the CPU can multiply, and CPUs without AVX-512.
 _CPU_FUSED_TOKENS_ELSEWHERE = 32

@@ -18,7 +18,8 @@ class GroupedRule(NamedTuple):
 
 
 _ANY = float("inf")
-# Measured on an H200: 8 experts of Mixtral's shape and 128 of Qwen3-30B-A3B's, 1 to 4,096 tokens.
+# Measured on an H200: 8 experts of Mixtral's shape and 128 of Qwen3-30B-A3B's, 1 to 4,096 tokens. Regenerate with
+# `python scripts/tune_experts.py`, which times the candidates on the GPU at hand.
 RULES = {
     9: (
         GroupedRule(0.5, TileShape(8, 1, 4, 4, 3), TileShape(8, 1, 4, 4, 3)),
@@ -51,7 +52,8 @@ def _rules(major: int | None) -> tuple[GroupedRule, ...]:
 
 
 # From so many pairs an expert on, on average, the kernel of gluon_grouped.py is faster on an H200: with 32 to 64 both
-# take the same time, with 128 it takes 6 to 11 % less, with 1,024 a fifth.
+# take the same time, with 128 it takes 6 to 11 % less, with 1,024 a fifth. `python scripts/tune_experts.py` says it of
+# the GPU at hand.
 WGMMA_PAIRS = 96
 
 

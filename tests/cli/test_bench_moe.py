@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("vllm")
@@ -12,6 +15,7 @@ pytest.importorskip("vllm")
 from qwantize_vllm.cli import app
 from qwantize_vllm.cli.bench import moe
 from qwantize_vllm.cli.bench.graph_clock import Timing
+from qwantize_vllm.cli.bench.moe import Cell
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +39,29 @@ def test_figures_and_errors_are_printed_and_written(tmp_path):
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "moe.json").read_text())
     assert [(cell["competitor"], cell["tokens"]) for cell in record["cells"]] == [
-        (name, tokens) for name in ("bf16", "ours") for tokens in (1, 3)
+        (name, tokens) for tokens in (1, 3) for name in ("bf16", "ours")
     ]
     assert all(cell["us"] == 1000 for cell in record["cells"])
     # The dense weights are rounded as well.
     assert all(0 < cell["error"] < (5e-3 if cell["competitor"] == "ours" else 1e-2) for cell in record["cells"])
     assert "tiny" in result.output
+
+
+def test_a_machine_that_gets_slower_and_slower_favours_nobody(monkeypatch):
+    timed = itertools.count(1)
+    monkeypatch.setattr(moe, "time_call", lambda calls, device: Timing(1e-6 * next(timed), "wall clock"))
+    found = list(moe._measure(["tiny"], [1, 2], torch.device("cpu")))
+    assert [(cell.tokens, cell.competitor) for cell in found] == [(1, "bf16"), (1, "ours"), (2, "bf16"), (2, "ours")]
+    assert [cell.us for cell in found] == pytest.approx([2.5, 2.5, 6.5, 6.5])
+
+
+def test_what_fails_is_wrong_or_in_no_graph_once_is_shown():
+    cell = Cell("tiny", 1, "ours", us=8.0, method="graph", error=1e-3)
+    failed = Cell("tiny", 1, "ours", problem="RuntimeError: ")
+    assert moe._mean(cell, failed) == moe._mean(failed, cell) == failed
+    other = dataclasses.replace(cell, us=10.0, method="events", error=0.5)
+    for found in (moe._mean(cell, other), moe._mean(other, cell)):
+        assert (found.us, found.method, found.error) == (9.0, "events", 0.5)
 
 
 def test_a_wrong_result_ends_with_exit_code_1(tmp_path, monkeypatch):

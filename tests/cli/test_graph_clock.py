@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from qwantize_vllm.cli.bench import graph_clock
-from qwantize_vllm.cli.bench.graph_clock import Timing, copies_beyond_cache, there_and_back, time_call
+from qwantize_vllm.cli.bench.graph_clock import (
+    Timing,
+    copies_beyond_cache,
+    mean_there_and_back,
+    there_and_back,
+    time_call,
+)
 
 CUDA = torch.device("cuda")
 LAUNCH_OF_A_GRAPH = 0.5
@@ -91,6 +97,11 @@ def test_a_steady_drift_is_the_same_for_all():
     now = itertools.count()
     found = there_and_back([lambda name=name: (name, next(now)) for name in "abc"])
     assert found == [(("a", 0), ("a", 5)), (("b", 1), ("b", 4)), (("c", 2), ("c", 3))]
+
+
+def test_the_mean_of_both_is_none_where_one_is():
+    once = iter([1.0, None])
+    assert mean_there_and_back([lambda: 2.0, lambda: next(once)]) == [2.0, None]
 
 
 def test_long_calls_are_captured_fewer_times(gpu):

@@ -83,6 +83,11 @@ def there_and_back(measurements: Sequence[Callable[[], T]]) -> list[tuple[T, T]]
     return list(zip(there, reversed(back), strict=True))
 
 
+def mean_there_and_back(measurements: Sequence[Callable[[], float | None]]) -> list[float | None]:
+    """The means of what `there_and_back` finds; None where one has none."""
+    return [None if a is None or b is None else (a + b) / 2 for a, b in there_and_back(measurements)]
+
+
 def _graph_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
     """Median seconds of a call over replays of one graph."""
 

@@ -14,48 +14,35 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
-from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, time_call
-from qwantize_vllm.cli.bench.inputs import SEED, random_weight
+from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, there_and_back, time_call
 from qwantize_vllm.cli.bench.machine import device_name, versions
+from qwantize_vllm.cli.bench.mixtures import (
+    MIXTURES,
+    Inputs,
+    plain_copy,
+    random_experts,
+    random_inputs,
+    swizzled_experts,
+)
 from qwantize_vllm.cli.bench.options import DEFAULT_OUT, Device, choose_device, make_directory, on_device, one_of
 from qwantize_vllm.cli.bench.output import digits, make_table
 from qwantize_vllm.format import Nvfp4Tensor
-from qwantize_vllm.matmul.experts import swizzle_experts
 from qwantize_vllm.matmul.experts_cpu import experts_one_by_one
 from qwantize_vllm.matmul.op import experts_op, experts_swizzled_op
 from qwantize_vllm.plugin import vllm_experts
-from qwantize_vllm.search.quantize import quantize_nvfp4
 
 # h, the result of each expert and their sum are rounded to bfloat16 one after the other, 1.7e-3 each.
 LARGEST_RELATIVE_ERROR = 5e-3
 _CHECKED_TOKENS = 8
-# Routings that take turns, so that few tokens do not meet the experts of the last call in the L2 cache.
-_ROUTINGS = 16
-_Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x, weights and ids of the experts of each token
-_Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Mixture:
-    """The experts of a layer, and how many of them a token goes through."""
-
-    experts: int
-    top_k: int
-    hidden: int
-    intermediate: int
-
-
-MIXTURES = {
-    "mixtral-8x7b": Mixture(8, 2, 4096, 14336),
-    "qwen3-30b-a3b": Mixture(128, 8, 2048, 768),
-    "tiny": Mixture(8, 2, 256, 128),
-}
+_Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of Inputs
+_Prepare = Callable[[Nvfp4Tensor, Nvfp4Tensor], _Run]
 _GPU_TOKENS, _CPU_TOKENS = [1, 4, 16, 64, 256, 1024, 4096], [1, 16]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Microseconds of a call and its error against float64; or why there are none."""
+    """Microseconds of a call, the mean of two times that it was timed, and its error against float64; or why there are
+    none."""
 
     mixture: str
     tokens: int
@@ -84,8 +71,8 @@ def bench_moe(
 ) -> None:
     """Microseconds of a layer's experts, random weights and routing: this package, vLLM in bfloat16, vLLM's Marlin.
 
-    On a GPU every call runs inside a CUDA graph, with weights that are not in the L2 cache. Ends with exit code 1 if
-    this package does not compute, or is too far from float64.
+    On a GPU every call runs inside a CUDA graph, with weights that are not in the L2 cache. All are timed in turn and
+    once more in the reverse order. Ends with exit code 1 if this package does not compute, or is too far from float64.
     """
     try:
         on = choose_device(device)
@@ -108,55 +95,57 @@ def bench_moe(
 
 
 def _measure(names: list[str], numbers: list[int], device: torch.device) -> Iterator[Cell]:
-    competitors: dict[str, Callable[[Nvfp4Tensor, Nvfp4Tensor], _Run]] = {"bf16": _dense, "ours": _ours}
+    """Every mixture with every number of tokens: all competitors in their order, and once more in the reverse."""
+    competitors: dict[str, _Prepare] = {"bf16": _dense, "ours": _ours}
     if device.type == "cuda":
         competitors = {"bf16": vllm_experts.dense_experts, "marlin": _marlin, "ours": _ours}
     for name in names:
         mixture = MIXTURES[name]
-        shapes = (2 * mixture.intermediate, mixture.hidden), (mixture.hidden, mixture.intermediate)
-        w13, w2 = (
-            quantize_nvfp4(random_weight((mixture.experts, *shape), torch.bfloat16, device), "naive")
-            for shape in shapes
-        )
-        for competitor, prepare in competitors.items():
-            copies = copies_beyond_cache(w13.nbytes + w2.nbytes, device)
-            try:
-                runs = [prepare(w13, w2) for _ in range(copies)]
-            except Exception as error:  # what others raise belongs in the table, and must not end the run
-                yield from (Cell(name, m, competitor, problem=f"{type(error).__name__}: {error}") for m in numbers)
-                continue
-            for m in tqdm(numbers, desc=f"{name} {competitor}", disable=None):
-                yield dataclasses.replace(
-                    _time(runs, _inputs(mixture, m, device), w13, w2), mixture=name, competitor=competitor
-                )
-            del runs
+        w13, w2 = random_experts(mixture, device)
+        entrants = [_Entrant(competitor, prepare, w13, w2) for competitor, prepare in competitors.items()]
+        for m in tqdm(numbers, desc=name, disable=None):
+            inputs = random_inputs(mixture, m, device)
+            rows = torch.linspace(0, m - 1, min(m, _CHECKED_TOKENS)).long().tolist()
+            x, weights, ids = (each[rows] for each in inputs[0])
+            exact = _exact(x, weights, ids, w13, w2)
+            runs = [functools.partial(each.run, Cell(name, m, each.name), inputs, rows, exact) for each in entrants]
+            yield from (_mean(*twice) for twice in there_and_back(runs))
 
 
-def _inputs(mixture: Mixture, tokens: int, device: torch.device) -> list[_Inputs]:
-    """Different tokens and routings, the same ones in every run."""
-    generator = torch.Generator(device).manual_seed(SEED + tokens)
-    inputs = []
-    for _ in range(_ROUTINGS if tokens <= _ROUTINGS else 2):
-        x = torch.randn(tokens, mixture.hidden, generator=generator, device=device)
-        logits = torch.randn(tokens, mixture.experts, generator=generator, device=device)
-        weights, ids = logits.softmax(-1).topk(mixture.top_k)
-        inputs.append((x.bfloat16(), weights / weights.sum(-1, keepdim=True), ids.int()))
-    return inputs
+class _Entrant:
+    """A competitor that has prepared its copies of the weights, or an exception."""
+
+    def __init__(self, name: str, prepare: _Prepare, w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> None:
+        self.name = name
+        self.copies: list[_Run] = []
+        self.problem: str | None = None
+        try:
+            for _ in range(copies_beyond_cache(w13.nbytes + w2.nbytes, w13.codes.device)):
+                self.copies.append(prepare(w13, w2))
+        except Exception as error:  # what others raise belongs in the table, and must not end the run
+            self.copies, self.problem = [], f"{type(error).__name__}: {error}"
+
+    def run(self, cell: Cell, inputs: list[Inputs], rows: list[int], exact: torch.Tensor) -> Cell:
+        """The cell with its figures; rows: those of the first inputs' result that are compared with exact ones."""
+        if self.problem:
+            return dataclasses.replace(cell, problem=self.problem)
+        try:
+            y = self.copies[0](*inputs[0])[rows].double()
+            calls = [functools.partial(self.copies[i % len(self.copies)], *each) for i, each in enumerate(inputs)]
+            timing = time_call(calls, y.device)
+        except Exception as error:  # as above
+            return dataclasses.replace(cell, problem=f"{type(error).__name__}: {error}".splitlines()[0])
+        off = float(((y - exact).norm() / exact.norm()).nan_to_num(torch.inf))
+        return dataclasses.replace(cell, us=1e6 * timing.seconds, method=timing.method, error=off)
 
 
-def _time(runs: list[_Run], inputs: list[_Inputs], w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> Cell:
-    tokens, cell = len(inputs[0][0]), Cell("", len(inputs[0][0]), "")
-    try:
-        rows = torch.linspace(0, tokens - 1, min(tokens, _CHECKED_TOKENS)).long().tolist()
-        y = runs[0](*inputs[0])[rows].double()
-        x, weights, ids = (each[rows] for each in inputs[0])
-        exact = _exact(x, weights, ids, w13, w2)
-        calls = [functools.partial(runs[i % len(runs)], *each) for i, each in enumerate(inputs)]
-        timing = time_call(calls, y.device)
-    except Exception as error:  # as in _measure
-        return dataclasses.replace(cell, problem=f"{type(error).__name__}: {error}".splitlines()[0])
-    off = float(((y - exact).norm() / exact.norm()).nan_to_num(torch.inf))
-    return dataclasses.replace(cell, us=1e6 * timing.seconds, method=timing.method, error=off)
+def _mean(first: Cell, second: Cell) -> Cell:
+    """One cell of both times: the mean, the larger error, and a graph only if it was one twice. What failed once has
+    failed."""
+    if first.us is None or second.us is None or first.error is None or second.error is None:
+        return second if second.problem else first
+    us, error = (first.us + second.us) / 2, max(first.error, second.error)
+    return dataclasses.replace(first if second.method == "graph" else second, us=us, error=error)
 
 
 def _exact(
@@ -173,16 +162,17 @@ def _exact(
 
 def _ours(w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> _Run:
     """What the plugin serves with."""
-    first, second, size = _tensors(w13), _tensors(w2), w13.block_size
+    size = w13.block_size
     if not w13.codes.is_cuda:
-        return lambda x, weights, ids: experts_op(x, list(first), list(second), weights, ids, "silu", size, "auto")
-    a, b = swizzle_experts(*first, size, gated=True), swizzle_experts(*second, size, gated=False)
+        first, second = list(plain_copy(w13)), list(plain_copy(w2))
+        return lambda x, weights, ids: experts_op(x, first, second, weights, ids, "silu", size, "auto")
+    a, b = swizzled_experts(w13, w2)
     kept = [[each.words, each.scales, each.global_scales] for each in (a, b)]
     return lambda x, weights, ids: experts_swizzled_op(x, *kept, weights, ids, "silu", *reversed(b.shape), size, "auto")
 
 
 def _marlin(w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> _Run:
-    return vllm_experts.marlin_experts(_tensors(w13), _tensors(w2), torch.bfloat16)
+    return vllm_experts.marlin_experts(plain_copy(w13), plain_copy(w2), torch.bfloat16)
 
 
 def _dense(w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> _Run:
@@ -190,11 +180,6 @@ def _dense(w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> _Run:
     a, b = w13.dequantize(torch.bfloat16), w2.dequantize(torch.bfloat16)
     linear: Any = torch.nn.functional.linear
     return lambda x, weights, ids: experts_one_by_one(x, [a], b, weights, ids, "silu", linear)
-
-
-def _tensors(q: Nvfp4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Copies, so that each call has weights of its own."""
-    return q.codes.clone(), q.block_scales.clone(), q.global_scale[:, None].clone()
 
 
 def _show(cells: list[Cell], device: torch.device, console: Console) -> None:
