@@ -1,6 +1,6 @@
-"""Compile every kernel for an NVIDIA architecture, down to machine code; needs no GPU.
+"""Compile every kernel for an architecture of NVIDIA or AMD, down to machine code; needs no GPU.
 
-    python -m tests.compile_kernels 90 [every]
+    python -m tests.compile_kernels 90|gfx942 [every]
 
 `every` combination of types and constants that a launcher makes; without it each type and constant at least once. Each
 kernel once more for sizes and strides of 1, which Triton compiles apart.
@@ -51,6 +51,8 @@ from qwantize_vllm.search.triton_quality import _quality_kernel
 from qwantize_vllm.search.triton_sse import _search_sse_kernel
 from tests.wgmma_hazards import disassemble, hazards
 
+# Bytes of shared memory of a workgroup on AMD's GPUs; those named here have more than others.
+_LDS, _MORE_LDS = 64 * 1024, {"gfx950": 160 * 1024}
 INPUTS, HALVES, BLOCKS = ("*bf16", "*fp16", "*fp32"), ("*bf16", "*fp16"), (16, 32)
 
 
@@ -230,20 +232,34 @@ def grouped_wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, An
         yield _grouped_wgmma_kernel, types, {**names, **stages, "BLOCK_SIZE": block, "num_warps": 4}
 
 
-def compile_all(capability: int, every: bool) -> None:
-    hopper = wgmma_variants(every) if capability == 90 else ()
+def compile_all(target: GPUTarget, every: bool) -> None:
+    nvidia = target.backend == "cuda"
+    capability = int(target.arch) if nvidia else 0
     everywhere = variants(capability, every), expert_variants(capability)
     compiled_for_ones: set[Any] = set()
-    for kernel, pointers, constants in itertools.chain(*everywhere, hopper):
-        if "DEPENDENT" in kernel.arg_names:
-            constants = {**constants, "DEPENDENT": capability >= 90}
-        compiled = compile_one(kernel, pointers, constants, capability)
+    for kernel, pointers, constants in itertools.chain(*everywhere, wgmma_variants(every) if capability == 90 else ()):
+        constants = {**constants, **by_target(kernel, constants, nvidia, capability)}
+        compiled = compile_one(kernel, pointers, constants, target)
         check(kernel, constants, compiled)
-        print(kernel.__name__, *pointers.values(), constants, f"{len(compiled.asm['cubin'])} bytes", flush=True)
+        code = compiled.asm["cubin" if nvidia else "hsaco"]
+        print(kernel.__name__, *pointers.values(), constants, f"{len(code)} bytes", flush=True)
         if (ones := ones_of(kernel, pointers, constants)) and kernel not in compiled_for_ones:
             compiled_for_ones.add(kernel)
-            compile_one(kernel, pointers, {**constants, **ones}, capability)
+            compile_one(kernel, pointers, {**constants, **ones}, target)
             print(kernel.__name__, *ones, "are 1", flush=True)
+
+
+def target_of(name: str) -> GPUTarget:
+    """90 is NVIDIA's compute capability 9.0, gfx942 an architecture of AMD: gfx9 has 64 lanes, gfx10 and later 32."""
+    if name.isdigit():
+        return GPUTarget("cuda", int(name), 32)
+    return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
+
+
+def by_target(kernel: Any, constants: dict[str, Any], nvidia: bool, capability: int) -> dict[str, bool]:
+    """Constants that say what the GPU can."""
+    waits = {"DEPENDENT": capability >= 90} if "DEPENDENT" in kernel.arg_names else {}
+    return waits if nvidia or "PTX" not in constants else {**waits, "PTX": False}
 
 
 def ones_of(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> dict[str, int]:
@@ -252,20 +268,23 @@ def ones_of(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) ->
     return {each.name: 1 for each in kernel.params if each.name not in given and not each.do_not_specialize}
 
 
-def compile_one(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capability: int) -> Any:
+def compile_one(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], target: GPUTarget) -> Any:
     """For a number, where none is given as a constant, that may be any."""
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
     indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source_type = GluonASTSource if kernel.is_gluon() else ASTSource
     return triton.compile(
         source_type(fn=kernel, signature=signature, constexprs=indexed),
-        target=GPUTarget("cuda", capability, 32),
+        target=target,
         options={"num_warps": warps(kernel, constants)},
     )
 
 
 def check(kernel: Any, constants: dict[str, Any], compiled: Any) -> None:
     """The machine code, if it has what is looked for there; to disassemble it takes 0.4 s."""
+    if "hsaco" in compiled.asm:
+        check_shared_memory(kernel, constants, compiled)
+        return
     if not constants.get("DEPENDENT") and "wgmma" not in compiled.asm["ptx"]:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -273,6 +292,12 @@ def check(kernel: Any, constants: dict[str, Any], compiled: Any) -> None:
     check_products(kernel, constants, code)
     if constants.get("DEPENDENT"):
         check_wait(kernel, constants, code)
+
+
+def check_shared_memory(kernel: Any, constants: dict[str, Any], compiled: Any) -> None:
+    """That it fits, which on AMD's GPUs is seen when a kernel is launched."""
+    if compiled.metadata.shared > _MORE_LDS.get(compiled.metadata.target.arch, _LDS):
+        raise SystemExit(f"{kernel.__name__} {constants}: {compiled.metadata.shared} bytes of shared memory")
 
 
 def check_products(kernel: Any, constants: dict[str, Any], code: str) -> None:
@@ -297,4 +322,4 @@ def check_wait(kernel: Any, constants: dict[str, Any], code: str) -> None:
 
 
 if __name__ == "__main__":
-    compile_all(int(sys.argv[1]), every=sys.argv[2:] == ["every"])
+    compile_all(target_of(sys.argv[1]), every=sys.argv[2:] == ["every"])

@@ -1,5 +1,5 @@
-"""Kernels compile for the NVIDIA architectures that vLLM runs on, on any machine: for Hopper, and as slow tests for all
-in every variant."""
+"""Kernels compile for the architectures that vLLM runs on, on any machine: for NVIDIA's Hopper and AMD's CDNA 3, and as
+slow tests for others, and NVIDIA's in every variant."""
 
 from __future__ import annotations
 
@@ -36,17 +36,20 @@ KERNELS = {
 ON_HOPPER = {"_decode_kernel", "_wgmma_kernel", "_copy_kernel", "_grouped_wgmma_kernel"}
 
 
-SLOW = [pytest.param(capability, ["every"], marks=pytest.mark.slow) for capability in (80, 89, 90, 100, 120)]
+NVIDIA = [
+    pytest.param(capability, ["every"], marks=pytest.mark.slow) for capability in ("80", "89", "90", "100", "120")
+]
+AMD = [pytest.param(name, [], marks=pytest.mark.slow) for name in ("gfx90a", "gfx950", "gfx1100", "gfx1201")]
 
 
-@pytest.mark.parametrize(("capability", "which"), [(90, []), *SLOW])
-def test_kernels_compile_to_machine_code(capability, which, tmp_path):
+@pytest.mark.parametrize(("architecture", "which"), [("90", []), ("gfx942", []), *NVIDIA, *AMD])
+def test_kernels_compile_to_machine_code(architecture, which, tmp_path):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)  # so that they are compiled now
-    command = [sys.executable, "-m", "tests.compile_kernels", str(capability), *which]
+    command = [sys.executable, "-m", "tests.compile_kernels", architecture, *which]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {line.split()[0] for line in done.stdout.splitlines()} == KERNELS | (
-        ON_HOPPER if capability == 90 else set()
+        ON_HOPPER if architecture == "90" else set()
     )
