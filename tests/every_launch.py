@@ -9,15 +9,17 @@ many kernels, by what Triton compiles apart, it was all of them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from triton import knobs
 from triton.runtime import driver
 
-from qwantize_vllm.matmul import backends, every_kernel, gluon_grouped, gluon_wgmma, triton_grouped, triton_swizzled
-from qwantize_vllm.matmul.every_kernel import Seen, launch_every, launch_every_of_experts
+from qwantize_vllm.matmul import backends, every_kernel, gluon_grouped, gluon_wgmma, op, triton_grouped, triton_swizzled
+from qwantize_vllm.matmul.every_kernel import Seen, launch_every, launch_every_normed, launch_every_of_experts
+from qwantize_vllm.matmul.normed import AddedNorm
+from qwantize_vllm.matmul.tile_shapes import DecodeShape, choose_normed_shape
 from qwantize_vllm.triton_launch import launch_now
 from tests.replay_launches import Driver, experts, weight
 
@@ -33,8 +35,13 @@ def pretend_hopper() -> None:
     choose = backends.choose_shape
     backends.choose_shape = lambda major, m, groups, tiles, gluon, *rest: choose(major, m, groups, tiles, True, *rest)
     backends.serves_by_wgmma = every_kernel.serves_by_wgmma = lambda *given: True
+    op.one_kernel = every_kernel.one_kernel = normed_shape
     backends.BACKENDS["fused"] = backends.BACKENDS["reference"]  # what asks whether x is on a GPU
     gluon_wgmma.area_of_stream = lambda device, words: torch.empty(words, dtype=torch.int32)
+
+
+def normed_shape(x: torch.Tensor, norm: AddedNorm, n: int, block_size: int, gated: bool) -> DecodeShape | None:
+    return choose_normed_shape(9, len(x), gated, block_size)
 
 
 def compiled_by(calls: Iterable[Callable[[], object]]) -> set[tuple[str, Any]]:
@@ -52,12 +59,15 @@ def compiled_by(calls: Iterable[Callable[[], object]]) -> set[tuple[str, Any]]:
     return found
 
 
-def compare(name: str, ahead: Callable[[], object], served: Iterable[Callable[[], object]]) -> None:
+def compare(
+    name: str, ahead: Callable[[], object], served: Iterable[Callable[[], object]], elsewhere: Sequence[str] = ()
+) -> None:
+    """elsewhere: kernels that others than these launch."""
     early, needed = compiled_by([ahead]), compiled_by(served)
     missing = sorted({kernel for kernel, _ in needed - early})
     assert not missing, f"{name}: launched later: {missing}"
     # Those for many tokens are chosen by the size of the GPU too.
-    useless = sorted({kernel for kernel, _ in early - needed} - {"_wgmma_kernel"})
+    useless = sorted({kernel for kernel, _ in early - needed} - {"_wgmma_kernel", *elsewhere})
     assert not useless, f"{name}: never launched: {useless}"
     print(name, len(needed))
 
@@ -67,6 +77,26 @@ def products(n: int, k: int) -> None:
     tokens = [*range(1, 140), *range(140, 9000, 61)]
     served = (functools.partial(backends.run_swizzled, torch.empty(m, k, dtype=HALF), w, None) for m in tokens)
     compare(f"{n}x{k}", functools.partial(launch_every, w, HALF, None, launch_now, Seen()), served)
+
+
+def normed(n: int, k: int, gated: bool) -> None:
+    """With norm and gate, in vLLM's compiled graph."""
+    w = weight(n, k)
+    tensors = (w.words, w.scales, w.global_scale, w.arrived, None, n, 16, "auto", gated)
+
+    def call(tokens: int) -> None:
+        x = torch.empty(tokens, k, dtype=HALF)
+        op._normed_matmul_swizzled(x, torch.empty_like(x), x[0], 1e-5, *tensors)
+
+    def ahead() -> None:
+        seen = Seen()
+        launch_every(w, HALF, None, launch_now, seen)
+        launch_every_normed(w, HALF, None, gated, launch_now, seen)
+
+    tokens = [*range(1, 140), *range(140, 9000, 61)]
+    served = (functools.partial(call, each) for each in tokens)
+    # That of one and two tokens which norms nothing is for graphs in which the norm is not seen.
+    compare(f"{n}x{k} {'gated' if gated else 'normed'}", ahead, served, ["_decode_kernel"])
 
 
 def mixture(count: int, top_k: int, hidden: int, intermediate: int) -> None:
@@ -88,5 +118,7 @@ if __name__ == "__main__":
     pretend_hopper()
     products(256, 1024)
     products(4096, 4096)
+    normed(6144, 4096, gated=False)
+    normed(28672, 4096, gated=True)
     mixture(8, 2, 256, 256)
     mixture(64, 6, 128, 64)

@@ -12,11 +12,9 @@ from collections.abc import Callable
 import torch
 
 from qwantize_vllm.matmul.compile_process import Request, start_compiling, tell_failure
-from qwantize_vllm.matmul.every_kernel import Seen, kind_of, launch_every, launch_every_of_experts
+from qwantize_vllm.matmul.every_kernel import Seen, launch_every, launch_every_normed, launch_every_of_experts
 from qwantize_vllm.matmul.experts import SwizzledExperts
-from qwantize_vllm.matmul.normed import AddedNorm, one_kernel
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
-from qwantize_vllm.matmul.tile_shapes import NORMED_TOKENS
 from qwantize_vllm.triton_launch import Launch
 
 _seen = Seen()
@@ -41,7 +39,7 @@ def compile_ahead(
     def note(launch: Launch) -> None:
         launch_every(weight, dtype, bias, launch, _seen)
         if normed:
-            _compile_normed(weight, dtype, bias, gated, launch)
+            launch_every_normed(weight, dtype, bias, gated, launch, _seen)
 
     return _start(weight.device, note)
 
@@ -67,37 +65,3 @@ def _start(device: torch.device, note: Callable[[Launch], None]) -> threading.Th
     except Exception as error:
         tell_failure(f"{type(error).__name__}: {error}")
         return None
-
-
-def _compile_normed(
-    weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, gated: bool, launch: Launch
-) -> None:
-    """Where for few tokens one kernel does it all."""
-    k = weight.shape[1]
-    for tokens in NORMED_TOKENS:
-        x = _empty(tokens, k, weight, dtype)
-        norm = AddedNorm(x, _empty(1, k, weight, dtype)[0], 1e-6, x)
-        shape = one_kernel(x, norm, weight.shape[0], weight.block_size, gated)
-        if shape is None:
-            continue
-        if _seen.is_new(*kind_of(weight, dtype, bias, shape), gated):
-            from qwantize_vllm.matmul.gluon_decode import matmul_decode
-
-            matmul_decode(x, weight, bias, shape, launch=launch, norm=norm, gated=gated)
-        _compile_steps(weight, dtype, gated, launch)
-
-
-def _compile_steps(weight: SwizzledNvfp4, dtype: torch.dtype, gated: bool, launch: Launch) -> None:
-    """What norms and gates the products of more tokens, once: kernels of their own."""
-    from qwantize_vllm.matmul.triton_normed import add_norm, silu_and_mul
-
-    n, k = weight.shape
-    x = _empty(NORMED_TOKENS[-1] + 1, k, weight, dtype)
-    if _seen.is_new("norm", k, dtype, weight.device):
-        add_norm(x, AddedNorm(x, x[0], 1e-6, x), launch)
-    if gated and _seen.is_new("gate", n, dtype, weight.device):
-        silu_and_mul(_empty(len(x), n, weight, dtype), launch)
-
-
-def _empty(tokens: int, k: int, weight: SwizzledNvfp4, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(tokens, k, dtype=dtype, device=weight.device)

@@ -15,8 +15,9 @@ from qwantize_vllm.matmul.backends import serves_by_wgmma, why_not_gluon
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.gpu import capability_major
 from qwantize_vllm.matmul.grouped_shapes import WGMMA_PAIRS, grouped_wgmma_shapes, last_pairs
+from qwantize_vllm.matmul.normed import AddedNorm, one_kernel
 from qwantize_vllm.matmul.swizzle import COLUMNS, SwizzledNvfp4
-from qwantize_vllm.matmul.tile_shapes import DecodeShape, Shape, TileShape, shapes_for
+from qwantize_vllm.matmul.tile_shapes import NORMED_TOKENS, DecodeShape, Shape, TileShape, shapes_for
 from qwantize_vllm.matmul.wgmma_shapes import STEPS
 from qwantize_vllm.triton_launch import Launch
 
@@ -45,6 +46,40 @@ def launch_every(
     for shape in shapes_for(capability_major(weight.device), groups, tiles, weight.block_size):
         if seen.is_new(*kind_of(weight, dtype, bias, shape)):
             _launch_shape(weight, dtype, bias, shape, launch)
+
+
+def launch_every_normed(
+    weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, gated: bool, launch: Launch, seen: Seen
+) -> None:
+    """What norms x and, if gated, gates the product (normed.py), where for few tokens one kernel does it all; with more
+    of them kernels of their own do before and after those of `launch_every`."""
+    for tokens in NORMED_TOKENS:
+        norm = _norm(tokens, weight, dtype)
+        x = torch.zeros_like(norm.residual)
+        shape = one_kernel(x, norm, weight.shape[0], weight.block_size, gated)
+        if shape is None:
+            continue
+        if seen.is_new(*kind_of(weight, dtype, bias, shape), "gated" if gated else "normed"):
+            from qwantize_vllm.matmul.gluon_decode import matmul_decode
+
+            matmul_decode(x, weight, bias, shape, launch=launch, norm=norm, gated=gated)
+        _launch_steps(weight, dtype, gated, launch, seen)
+
+
+def _launch_steps(weight: SwizzledNvfp4, dtype: torch.dtype, gated: bool, launch: Launch, seen: Seen) -> None:
+    from qwantize_vllm.matmul.triton_normed import add_norm, silu_and_mul
+
+    (n, k), tokens = weight.shape, NORMED_TOKENS[-1] + 1
+    if seen.is_new("norm", k, dtype, weight.device):
+        norm = _norm(tokens, weight, dtype)
+        add_norm(torch.zeros_like(norm.residual), norm, launch)
+    if gated and seen.is_new("gate", n, dtype, weight.device):
+        silu_and_mul(torch.zeros(tokens, n, dtype=dtype, device=weight.device), launch)
+
+
+def _norm(tokens: int, weight: SwizzledNvfp4, dtype: torch.dtype) -> AddedNorm:
+    residual = torch.zeros(tokens, weight.shape[1], dtype=dtype, device=weight.device)
+    return AddedNorm(residual, residual[0], 1e-6, torch.empty_like(residual))
 
 
 def launch_every_of_experts(

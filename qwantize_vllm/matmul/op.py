@@ -14,7 +14,7 @@ from qwantize_vllm.matmul.experts_cpu import experts_one_by_one, members_of
 from qwantize_vllm.matmul.normed import AddedNorm, gate_alone, norm_alone, one_kernel
 from qwantize_vllm.matmul.replay import replay_or_run
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
-from qwantize_vllm.matmul.warm_up import warm_up, warm_up_experts
+from qwantize_vllm.matmul.warm_up import warm_up, warm_up_experts, warm_up_normed
 from qwantize_vllm.triton_launch import Launch, launch_now
 
 
@@ -112,10 +112,12 @@ def _normed_matmul_swizzled(
     gated silu(its first half) * its second half, (M, n/2). All in the dtype of x, residual (M, K) and gain (K,)."""
     norm = AddedNorm(residual, gain, epsilon, torch.empty(x.shape, dtype=x.dtype, device=x.device))
     tensors = (words, scales, global_scale, arrived)
+    weight = SwizzledNvfp4(*tensors, (n, x.shape[1]), block_size)
+    if x.is_cuda and backend == "auto":
+        warm_up_normed(weight, x.dtype, bias, gated)
     if (shape := one_kernel(x, norm, n, block_size, gated)) is not None:
         from qwantize_vllm.matmul.gluon_decode import matmul_decode
 
-        weight = SwizzledNvfp4(*tensors, (n, x.shape[1]), block_size)
         return matmul_decode(x, weight, _in_a_row(bias), shape, norm=norm, gated=gated), norm.sums
     y = _matmul_swizzled(norm_alone(x, norm), *tensors, bias, n, block_size, backend)
     return gate_alone(y) if gated else y, norm.sums

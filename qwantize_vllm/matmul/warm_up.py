@@ -12,7 +12,7 @@ from collections.abc import Hashable
 import torch
 
 from qwantize_vllm.matmul.compile_process import wait_for_compiling
-from qwantize_vllm.matmul.every_kernel import Seen, launch_every, launch_every_of_experts
+from qwantize_vllm.matmul.every_kernel import Seen, launch_every, launch_every_normed, launch_every_of_experts
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.launcher import launch_again
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
@@ -27,9 +27,14 @@ def warm_up(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None
 
     dtype: of x, bfloat16 or float16. bias: (N,) or None.
     """
-    kind = (weight.device, dtype, None if bias is None else bias.dtype, weight.shape, weight.block_size)
-    if _is_due(*kind, weight.global_scale.dim()):
+    if _is_due(*_kind(weight, dtype, bias)):
         launch_every(weight, dtype, bias, launch_now, _launched)
+
+
+def warm_up_normed(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, gated: bool) -> None:
+    """As `warm_up`, what norms x and, if gated, gates the product."""
+    if _is_due(*_kind(weight, dtype, bias), "gated" if gated else "normed"):
+        launch_every_normed(weight, dtype, bias, gated, launch_now, _launched)
 
 
 def warm_up_experts(w13: SwizzledExperts, w2: SwizzledExperts, top_k: int, dtype: torch.dtype, activation: str) -> None:
@@ -37,6 +42,11 @@ def warm_up_experts(w13: SwizzledExperts, w2: SwizzledExperts, top_k: int, dtype
     kind = (w13.words.device, dtype, top_k, activation, w13.shape, w2.shape, len(w13.words), w13.block_size)
     if _is_due(*kind, w13.global_scales.shape[1]):
         launch_every_of_experts(w13, w2, top_k, dtype, activation, launch_again, _launched)
+
+
+def _kind(weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None) -> tuple[Hashable, ...]:
+    of_bias, members = None if bias is None else bias.dtype, weight.global_scale.dim()
+    return (weight.device, dtype, of_bias, weight.shape, weight.block_size, members)
 
 
 def _is_due(*kind: Hashable) -> bool:

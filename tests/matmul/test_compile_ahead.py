@@ -42,6 +42,8 @@ def test_what_is_launched_ahead_is_what_any_number_of_tokens_takes():
     assert [line.rsplit(maxsplit=1)[0] for line in done.stdout.splitlines()] == [
         "256x1024",
         "4096x4096",
+        "6144x4096 normed",
+        "28672x4096 gated",
         "8 experts",
         "64 experts",
     ]

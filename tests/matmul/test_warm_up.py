@@ -11,7 +11,7 @@ from qwantize_vllm.matmul import compile_process, op
 from qwantize_vllm.matmul import warm_up as module
 from qwantize_vllm.matmul.every_kernel import Seen
 from qwantize_vllm.matmul.swizzle import swizzle
-from qwantize_vllm.matmul.warm_up import warm_up, warm_up_experts
+from qwantize_vllm.matmul.warm_up import warm_up, warm_up_experts, warm_up_normed
 from tests.matmul.test_experts import make as make_experts
 from tests.matmul.test_experts import swizzled
 from tests.matmul.test_swizzled_matmul import make
@@ -20,10 +20,11 @@ from tests.matmul.test_swizzled_matmul import make
 @pytest.fixture
 def launched(monkeypatch):
     """What is launched for; whether a graph is being captured is the key "capturing"."""
-    found = {"capturing": False, "weights": [], "experts": []}
+    found = {"capturing": False, "weights": [], "normed": [], "experts": []}
     monkeypatch.setattr(module, "_begun", Seen())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found["capturing"])
     monkeypatch.setattr(module, "launch_every", lambda *given: found["weights"].append(given[:3]))
+    monkeypatch.setattr(module, "launch_every_normed", lambda *given: found["normed"].append(given[3]))
     monkeypatch.setattr(module, "launch_every_of_experts", lambda *given: found["experts"].append(given[2:5]))
     return found
 
@@ -37,6 +38,15 @@ def test_once_for_all_weights_that_are_alike(launched):
     warm_up(weights[0], torch.float16, None)
     warm_up(weights[0], torch.bfloat16, torch.zeros(64))
     assert len(launched["weights"]) == 4
+
+
+def test_what_norms_and_gates_each_once(launched):
+    weight = swizzle(make("cpu", 64, 256, 1, torch.bfloat16)[1])
+    for gated in (False, True, False):
+        warm_up_normed(weight, torch.bfloat16, None, gated)
+    assert launched["normed"] == [False, True]
+    warm_up(weight, torch.bfloat16, None)
+    assert len(launched["weights"]) == 1
 
 
 def test_once_for_all_experts_that_are_alike(launched):
