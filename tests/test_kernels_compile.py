@@ -3,12 +3,9 @@ slow tests for others, and NVIDIA's in every variant."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.programs import run_program
 
 pytest.importorskip("triton")
 
@@ -44,12 +41,6 @@ AMD = [pytest.param(name, [], marks=pytest.mark.slow) for name in ("gfx90a", "gf
 
 @pytest.mark.parametrize(("architecture", "which"), [("90", []), ("gfx942", []), *NVIDIA, *AMD])
 def test_kernels_compile_to_machine_code(architecture, which, tmp_path):
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)  # so that they are compiled now
-    command = [sys.executable, "-m", "tests.compile_kernels", architecture, *which]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert {line.split()[0] for line in done.stdout.splitlines()} == KERNELS | (
-        ON_HOPPER if architecture == "90" else set()
-    )
+    # In an empty cache, so that they are compiled now.
+    lines = run_program("tests.compile_kernels", architecture, *which, TRITON_CACHE_DIR=str(tmp_path))
+    assert {line.split()[0] for line in lines} == KERNELS | (ON_HOPPER if architecture == "90" else set())

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +19,7 @@ from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.matmul.tile_shapes import choose_shape, shapes_for
 from tests.matmul.test_swizzled_matmul import make
 from tests.matmul.test_wgmma import hopper
+from tests.programs import run_program
 
 
 @pytest.mark.parametrize("major", [8, 9, 10, None])
@@ -34,12 +31,7 @@ def test_shapes_for_are_those_of_any_number_of_tokens(major, groups, tiles, bloc
 
 
 def test_what_is_launched_ahead_is_what_any_number_of_tokens_takes():
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.every_launch"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [line.rsplit(maxsplit=1)[0] for line in done.stdout.splitlines()] == [
+    assert [line.rsplit(maxsplit=1)[0] for line in run_program("tests.every_launch")] == [
         "256x1024",
         "4096x4096",
         "6144x4096 normed",

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,6 +9,7 @@ pytest.importorskip("triton")
 
 from qwantize_vllm.matmul import compile_process
 from qwantize_vllm.matmul.compile_process import Request, start_compiling
+from tests.programs import run_program
 
 NORM = "qwantize_vllm.matmul.triton_normed"
 
@@ -25,13 +23,10 @@ def cache(monkeypatch, tmp_path):
 
 
 def test_a_launch_finds_what_another_process_has_compiled(cache):
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.compile_elsewhere"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
     products = ["_decode_kernel", "_gate_kernel", "_grouped_kernel", "_grouped_wgmma_kernel", "_swizzled_kernel"]
     plans = ["_copy_kernel", "_count_kernel", "_place_kernel", "_sum_kernel"]
-    assert done.stdout.split() == sorted(["_add_norm_kernel", *products, *plans, "_wgmma_kernel"])
+    names = " ".join(run_program("tests.compile_elsewhere")).split()
+    assert names == sorted(["_add_norm_kernel", *products, *plans, "_wgmma_kernel"])
 
 
 def test_nothing_is_started_for_nothing():

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +18,7 @@ from qwantize_vllm.matmul.tile_shapes import RULES, DecodeShape, TileShape, choo
 from tests.matmul.test_matmul import TOLERANCE, exact_product, relative_error
 from tests.matmul.test_swizzled_matmul import make
 from tests.matmul.test_wgmma import hopper
+from tests.programs import run_program
 
 RULED = dict.fromkeys(rule.shape for rule in RULES[9] if isinstance(rule.shape, DecodeShape))
 # And what else a shape can be.
@@ -101,12 +98,8 @@ def test_x_that_is_not_read_in_pairs_goes_elsewhere_and_is_told(caplog):
 
 
 def test_the_compiled_kernel_on_a_cpu(tmp_path):
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-m", "tests.emulate_decode"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    errors = {line: float(line.split()[-1]) for line in done.stdout.splitlines()}
+    lines = run_program("tests.emulate_decode", TRITON_CACHE_DIR=str(tmp_path))
+    errors = {line: float(line.split()[-1]) for line in lines}
     assert len(errors) > 10
     for line, error in errors.items():
         steps = "times the error of steps" in line  # of a norm, the product and perhaps a gate

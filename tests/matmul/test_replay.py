@@ -1,10 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,16 +9,12 @@ from qwantize_vllm import matmul_nvfp4, swizzle
 from qwantize_vllm.matmul import replay
 from qwantize_vllm.matmul.backends import run_swizzled
 from tests.matmul.test_swizzled_matmul import make
+from tests.programs import run_program
 
 
 def test_replayed_launches_are_those_of_triton():
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.replay_launches"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
     experts = ["experts_swizzled", "experts_swizzled", "experts_wgmma"]
-    products = [line.split()[0] for line in done.stdout.splitlines()]
+    products = [line.split()[0] for line in run_program("tests.replay_launches")]
     assert products == ["matmul_decode", "matmul_swizzled", "matmul_swizzled", "matmul_wgmma", "areas", *experts]
 
 
