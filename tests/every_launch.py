@@ -8,6 +8,7 @@ many kernels, by what Triton compiles apart, it was all of them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from qwantize_vllm.triton_launch import launch_now
 from tests.replay_launches import Driver, experts, weight
 
 HALF = torch.bfloat16
+TOKENS = [*range(1, 140), *range(140, 9000, 61)]
 
 
 def pretend_hopper() -> None:
@@ -74,9 +76,16 @@ def compare(
 
 def products(n: int, k: int) -> None:
     w = weight(n, k)
-    tokens = [*range(1, 140), *range(140, 9000, 61)]
-    served = (functools.partial(backends.run_swizzled, torch.empty(m, k, dtype=HALF), w, None) for m in tokens)
+    served = (functools.partial(backends.run_swizzled, torch.empty(m, k, dtype=HALF), w, None) for m in TOKENS)
     compare(f"{n}x{k}", functools.partial(launch_every, w, HALF, None, launch_now, Seen()), served)
+
+
+def other_products(n: int, k: int) -> None:
+    """Of float16 and blocks of 32, with a bias and a global scale for each row."""
+    w, bias = weight(n, k), torch.zeros(n)
+    w = dataclasses.replace(w, scales=w.scales.to(torch.int16), global_scale=torch.ones(n), block_size=32)
+    served = (functools.partial(backends.run_swizzled, torch.empty(m, k).half(), w, bias) for m in TOKENS)
+    compare(f"{n}x{k} others", functools.partial(launch_every, w, torch.float16, bias, launch_now, Seen()), served)
 
 
 def normed(n: int, k: int, gated: bool) -> None:
@@ -93,8 +102,7 @@ def normed(n: int, k: int, gated: bool) -> None:
         launch_every(w, HALF, None, launch_now, seen)
         launch_every_normed(w, HALF, None, gated, launch_now, seen)
 
-    tokens = [*range(1, 140), *range(140, 9000, 61)]
-    served = (functools.partial(call, each) for each in tokens)
+    served = (functools.partial(call, each) for each in TOKENS)
     # That of one and two tokens which norms nothing is for graphs in which the norm is not seen.
     compare(f"{n}x{k} {'gated' if gated else 'normed'}", ahead, served, ["_decode_kernel"])
 
@@ -118,6 +126,7 @@ if __name__ == "__main__":
     pretend_hopper()
     products(256, 1024)
     products(4096, 4096)
+    other_products(136, 1040)
     normed(6144, 4096, gated=False)
     normed(28672, 4096, gated=True)
     mixture(8, 2, 256, 256)

@@ -144,7 +144,7 @@ def run_swizzled(
     shape = choose_shape(major, x.shape[0], groups, tiles, x.is_cuda, weight.block_size)
     if shape is not None and (reason := why_not_gluon(x, weight, shape)):
         tell_once(f"a kernel in Gluon {reason}; slower ones take its place")
-        shape = choose_shape(major, x.shape[0], groups, tiles, gluon=False)
+        shape = choose_shape(major, x.shape[0], groups, tiles, gluon=False, block_size=weight.block_size)
     if backend == "unswizzled" or (backend == "auto" and shape is None):
         return matmul_unswizzled(x, weight, bias)
     if shape is None or isinstance(shape, TileShape):

@@ -37,8 +37,10 @@ _MOST_THREADS = 4
 _PATIENCE = 1.0
 _MARK = "qwantize-compiled"
 _NICENESS = 5  # loading goes first where there are few cores
-_lock = threading.Lock()  # for what follows
+_LONGEST_WAIT = 120.0  # of whoever needs the kernels: should a compiler hang, he compiles them himself
+_changed = threading.Condition()  # for what follows
 _waiting: list[Request] = []
+_compiling = False
 _thread: threading.Thread | None = None  # which takes them
 
 
@@ -102,7 +104,7 @@ def start_compiling(request: Request) -> threading.Thread | None:
     global _thread
     if not request.kernels or request.done:
         return None
-    with _lock:
+    with _changed:
         if _thread is None:
             thread = threading.Thread(target=_run, name="qwantize-compiling", daemon=True)
             thread.start()
@@ -112,32 +114,40 @@ def start_compiling(request: Request) -> threading.Thread | None:
 
 
 def wait_for_compiling() -> None:
-    """Until the kernels are compiled that layers have asked for so far."""
-    thread = _thread
-    if thread is not None:
-        thread.join()
+    """Until the kernels are compiled that layers have asked for so far, or for _LONGEST_WAIT seconds."""
+    with _changed:
+        if not (_waiting or _compiling):
+            return
+        logger.info("qwantize: waiting for kernels that are still being compiled")
+        if not _changed.wait_for(lambda: not (_waiting or _compiling), _LONGEST_WAIT):
+            tell_failure(f"they are not compiled after {_LONGEST_WAIT:.0f} s more")
 
 
 def _run() -> None:
+    global _compiling
     while requests := _gather():
         try:
             _compile_elsewhere(requests)
         except Exception as error:  # whatever it is, the requests that come next are others
             tell_failure(f"{type(error).__name__}: {error}")
+        with _changed:
+            _compiling = False
+            _changed.notify_all()
 
 
 def _gather() -> list[Request]:
     """All requests, once none has come for a while. There may be none: then the next one gets a thread of its own."""
-    global _thread
+    global _thread, _compiling
     known = -1
     while True:
         time.sleep(_PATIENCE)
-        with _lock:
+        with _changed:
             if len(_waiting) == known or not _waiting:
                 if not _waiting:
                     _thread = None
                 requests = list(_waiting)
                 _waiting.clear()
+                _compiling = bool(requests)
                 return requests
             known = len(_waiting)
 

@@ -42,10 +42,15 @@ def launch_every(
 
     dtype: of x, bfloat16 or float16. bias: (N,) as the products will have it, or None.
     """
-    groups, tiles = weight.words.shape[:2]
-    for shape in shapes_for(capability_major(weight.device), groups, tiles, weight.block_size):
-        if seen.is_new(*kind_of(weight, dtype, bias, shape)):
-            _launch_shape(weight, dtype, bias, shape, launch)
+    major, (groups, tiles) = capability_major(weight.device), weight.words.shape[:2]
+    x = torch.zeros(1, weight.shape[1], dtype=dtype, device=weight.device)
+    shapes = shapes_for(major, groups, tiles, weight.block_size)
+    served = [shape for shape in shapes if why_not_gluon(x, weight, shape) is None]
+    if len(served) < len(shapes):
+        served = list(dict.fromkeys([*served, *shapes_for(major, groups, tiles, weight.block_size, gluon=False)]))
+    for shape in served:
+        if seen.is_new(*_kind_of(weight, dtype, bias, shape)):
+            _launch_shape(x, weight, bias, shape, launch)
 
 
 def launch_every_normed(
@@ -59,7 +64,7 @@ def launch_every_normed(
         shape = one_kernel(x, norm, weight.shape[0], weight.block_size, gated)
         if shape is None:
             continue
-        if seen.is_new(*kind_of(weight, dtype, bias, shape), "gated" if gated else "normed"):
+        if seen.is_new(*_kind_of(weight, dtype, bias, shape), "gated" if gated else "normed"):
             from qwantize_vllm.matmul.gluon_decode import matmul_decode
 
             matmul_decode(x, weight, bias, shape, launch=launch, norm=norm, gated=gated)
@@ -117,15 +122,13 @@ def launch_every_of_experts(
 
 
 def _launch_shape(
-    weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, shape: Shape, launch: Launch
+    x: torch.Tensor, weight: SwizzledNvfp4, bias: torch.Tensor | None, shape: Shape, launch: Launch
 ) -> None:
-    x = torch.zeros(1, weight.shape[1], dtype=dtype, device=weight.device)
+    """x: (1, K)."""
     if isinstance(shape, TileShape):
         from qwantize_vllm.matmul.triton_swizzled import matmul_swizzled
 
         matmul_swizzled(x.repeat(shape.tokens, 1), weight, bias, shape, launch=launch)
-    elif why_not_gluon(x, weight, shape) is not None:
-        return
     elif isinstance(shape, DecodeShape):
         from qwantize_vllm.matmul.gluon_decode import matmul_decode
 
@@ -138,8 +141,8 @@ def _launch_shape(
             matmul_wgmma(x, weight, bias, wgmma_shape, split=False, launch=launch)
 
 
-def kind_of(
-    weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, shape: Shape | None = None
+def _kind_of(
+    weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, shape: Shape
 ) -> tuple[Hashable, ...]:
     """What kernels are compiled for: Triton asks whether a size is a multiple of 16."""
     n, k = weight.shape
@@ -147,6 +150,6 @@ def kind_of(
     return (weight.device, dtype, None if bias is None else bias.dtype, shape, *sizes)
 
 
-def _whole_steps(k: int, shape: Shape | None) -> int:
+def _whole_steps(k: int, shape: Shape) -> int:
     """What the kernels know of K."""
     return k % (COLUMNS * shape.tiles * shape.warps if isinstance(shape, DecodeShape) else 256)

@@ -14,7 +14,7 @@ from qwantize_vllm.matmul.experts_cpu import experts_one_by_one, members_of
 from qwantize_vllm.matmul.normed import AddedNorm, gate_alone, norm_alone, one_kernel
 from qwantize_vllm.matmul.replay import replay_or_run
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
-from qwantize_vllm.matmul.warm_up import warm_up, warm_up_experts, warm_up_normed
+from qwantize_vllm.matmul.warm_up import warm_up
 from qwantize_vllm.triton_launch import Launch, launch_now
 
 
@@ -59,14 +59,13 @@ def _matmul_swizzled(
     backend: str,
 ) -> torch.Tensor:
     """x (..., K) times the swizzled NVFP4 weight (N, K) -> (..., N); see `matmul_nvfp4`, which checks the arguments."""
+    warm_up()
     flat, bias = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), _in_a_row(bias)
     if flat.stride(1) != 1:
         flat = flat.contiguous()  # here, for what a launch is given besides these tensors would be taken for scratch
 
     def run(launch: Launch) -> torch.Tensor:
         weight = SwizzledNvfp4(words, scales, global_scale, arrived, (n, x.shape[-1]), block_size)
-        if flat.is_cuda and backend == "auto":
-            warm_up(weight, flat.dtype, bias)
         return run_swizzled(flat, weight, bias, backend, launch)
 
     if flat.is_cuda:
@@ -112,12 +111,11 @@ def _normed_matmul_swizzled(
     gated silu(its first half) * its second half, (M, n/2). All in the dtype of x, residual (M, K) and gain (K,)."""
     norm = AddedNorm(residual, gain, epsilon, torch.empty(x.shape, dtype=x.dtype, device=x.device))
     tensors = (words, scales, global_scale, arrived)
-    weight = SwizzledNvfp4(*tensors, (n, x.shape[1]), block_size)
-    if x.is_cuda and backend == "auto":
-        warm_up_normed(weight, x.dtype, bias, gated)
+    warm_up()
     if (shape := one_kernel(x, norm, n, block_size, gated)) is not None:
         from qwantize_vllm.matmul.gluon_decode import matmul_decode
 
+        weight = SwizzledNvfp4(*tensors, (n, x.shape[1]), block_size)
         return matmul_decode(x, weight, _in_a_row(bias), shape, norm=norm, gated=gated), norm.sums
     y = _matmul_swizzled(norm_alone(x, norm), *tensors, bias, n, block_size, backend)
     return gate_alone(y) if gated else y, norm.sums
@@ -192,8 +190,7 @@ def _experts_swizzled(
     (out, intermediate); backend: see `run_experts`."""
     first = SwizzledExperts(w13[0], w13[1], w13[2], (2 * intermediate, x.shape[1]), block_size, gated=True)
     second = SwizzledExperts(w2[0], w2[1], w2[2], (out, intermediate), block_size, gated=False)
-    if x.is_cuda and backend == "auto":
-        warm_up_experts(first, second, topk_ids.shape[1], x.dtype, activation)
+    warm_up()
     return run_experts(x, first, second, topk_weights, topk_ids, activation, backend)
 
 

@@ -149,8 +149,8 @@ def choose_normed_shape(major: int | None, tokens: int, gated: bool, block_size:
     return (shapes.gated if gated else shapes.plain).get(block_size)
 
 
-def shapes_for(major: int | None, groups: int, tiles: int, block_size: int) -> list[Shape]:
+def shapes_for(major: int | None, groups: int, tiles: int, block_size: int, gluon: bool = True) -> list[Shape]:
     """What `choose_shape` answers for a weight of so many groups and tiles, over all numbers of tokens."""
     tokens = (rule.tokens for rule in (ELSEWHERE if major is None else RULES.get(major, ELSEWHERE)))
-    shapes = (choose_shape(major, limit, groups, tiles, True, block_size) for limit in tokens)
+    shapes = (choose_shape(major, limit, groups, tiles, gluon, block_size) for limit in tokens)
     return list(dict.fromkeys(shape for shape in shapes if shape is not None))

@@ -105,10 +105,11 @@ def experts_swizzled(
 
 
 def tokens_of_each_kind(w13: SwizzledExperts, w2: SwizzledExperts, top_k: int, most: int) -> list[int]:
-    """Of the numbers of tokens up to `most` the first for each set of kernels that `experts_swizzled` launches."""
+    """Of the numbers of tokens up to `most`, and up to where pairs need a plan, the first for each set of kernels that
+    `experts_swizzled` launches."""
     device, experts = w13.words.device, w13.words.shape[0]
     kinds: dict[object, int] = {}
-    for tokens in range(1, most + 1):
+    for tokens in range(1, max(most, _planned_from(experts) // top_k + 1) + 1):
         pairs = tokens * top_k
         shapes = choose_grouped(capability_major(device), pairs, experts)
         slots, planned = _slots(pairs, experts, shapes[1].tokens)
@@ -156,8 +157,12 @@ def _tiles(ids: torch.Tensor, experts: int, width: int, launch: Launch) -> Tiles
 
 def _slots(pairs: int, experts: int, width: int) -> tuple[int, bool]:
     """How many programs a tile of rows has, and whether a plan tells them their pairs."""
-    planned = pairs > min(_FEW_PAIRS[-1], max(_FEW_PAIRS[0], experts))
+    planned = pairs >= _planned_from(experts)
     return slots_for(pairs, experts, width) if planned else pairs, planned
+
+
+def _planned_from(experts: int) -> int:
+    return min(_FEW_PAIRS[-1], max(_FEW_PAIRS[0], experts)) + 1
 
 
 def _few(pairs: int) -> int:

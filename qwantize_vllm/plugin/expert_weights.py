@@ -19,9 +19,10 @@ from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.compile_ahead import compile_experts_ahead
 from qwantize_vllm.matmul.experts import swizzle_experts
 from qwantize_vllm.matmul.op import experts_op, experts_swizzled_op
+from qwantize_vllm.matmul.warm_up import announce_experts
 from qwantize_vllm.plugin.invariance import plain_backend, swizzled_backend
 from qwantize_vllm.plugin.vllm_experts import MarlinExperts, why_not_marlin
-from qwantize_vllm.plugin.weights import first_of_host
+from qwantize_vllm.plugin.weights import compiles_for_others
 from qwantize_vllm.settings import QwantizeSettings
 
 logger = init_logger(f"vllm.{__name__}")
@@ -114,9 +115,12 @@ class GroupedForm:
             for name, tensors in experts.tensors().items()
         }
         self._scale_dtype = swizzled["w2"].scales.dtype
-        if not envs.VLLM_BATCH_INVARIANT and first_of_host():
+        if not envs.VLLM_BATCH_INVARIANT:
             top_k, activation = layer.moe_config.experts_per_token, layer.activation.value
-            compile_experts_ahead(swizzled["w13"], swizzled["w2"], top_k, experts.dtype, activation)
+            kernels = (swizzled["w13"], swizzled["w2"], top_k, experts.dtype, activation)
+            if compiles_for_others():
+                compile_experts_ahead(*kernels)
+            announce_experts(*kernels)
         return _replace(
             layer,
             {

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 from vllm import envs
-from vllm.distributed import get_world_group, model_parallel_is_initialized
+from vllm.distributed import get_pp_group, get_tp_group, get_world_group, model_parallel_is_initialized
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.utils import replace_parameter
 
@@ -21,6 +21,7 @@ from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.compile_ahead import compile_ahead
 from qwantize_vllm.matmul.op import matmul_op, matmul_swizzled_op
 from qwantize_vllm.matmul.swizzle import swizzle
+from qwantize_vllm.matmul.warm_up import announce
 from qwantize_vllm.plugin.addresses import same_addresses
 from qwantize_vllm.plugin.invariance import plain_backend, swizzled_backend
 from qwantize_vllm.plugin.vllm_kernels import KERNELS, describe, make_kernel
@@ -137,13 +138,16 @@ class SwizzledForm:
         if len(quantized.widths) > 1:
             widths = torch.tensor(quantized.widths, device=scale.device)
             scale = quantized.global_scales.repeat_interleave(widths)
-        if not envs.VLLM_BATCH_INVARIANT and first_of_host():
+        if not envs.VLLM_BATCH_INVARIANT:
             # What several layers are fused into follows a norm; two as large as each other are gate and up.
             members = getattr(layer, "logical_widths", [])
             normed = self.fuse_norms and len(members) > 1
             gated = len(members) == 2 and members[0] == members[1]
             compiled = dataclasses.replace(weight, global_scale=scale)
-            compile_ahead(compiled, quantized.dtype, getattr(layer, "bias", None), normed, gated)
+            kernels = (compiled, quantized.dtype, getattr(layer, "bias", None), normed, gated)
+            if compiles_for_others():
+                compile_ahead(*kernels)
+            announce(*kernels)
         return _replace(layer, weight.words, weight.scales, scale)
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -173,9 +177,13 @@ class VllmForm:
         return y if bias is None else y + bias.to(y.dtype)
 
 
-def first_of_host() -> bool:
-    """Whether no other rank of this host compiles, into the same cache, what all of them launch."""
-    return not model_parallel_is_initialized() or get_world_group().local_rank == 0
+def compiles_for_others() -> bool:
+    """Whether this rank has kernels compiled while it loads: the first of a host for all of them, into a cache that
+    they share, and the first of each later stage of a pipeline, whose layers may be others. Ranks beside them compile
+    in their first run what is not there by then."""
+    if not model_parallel_is_initialized() or get_world_group().local_rank == 0:
+        return True
+    return get_pp_group().rank_in_group > 0 and get_tp_group().rank_in_group == 0
 
 
 def _replace(layer: LinearBase, *tensors: torch.Tensor) -> int:

@@ -11,12 +11,12 @@ pytest.importorskip("triton")
 import triton
 
 from qwantize_vllm.matmul import compile_ahead as ahead
-from qwantize_vllm.matmul import replay
 from qwantize_vllm.matmul.backends import run_swizzled
 from qwantize_vllm.matmul.every_kernel import Seen
 from qwantize_vllm.matmul.op import normed_matmul_swizzled_op
 from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.matmul.tile_shapes import choose_shape, shapes_for
+from tests.matmul.forget import forget_kernels
 from tests.matmul.test_swizzled_matmul import make
 from tests.matmul.test_wgmma import hopper
 from tests.programs import run_program
@@ -34,6 +34,7 @@ def test_what_is_launched_ahead_is_what_any_number_of_tokens_takes():
     assert [line.rsplit(maxsplit=1)[0] for line in run_program("tests.every_launch")] == [
         "256x1024",
         "4096x4096",
+        "136x1040 others",
         "6144x4096 normed",
         "28672x4096 gated",
         "8 experts",
@@ -63,22 +64,16 @@ def test_what_cannot_be_noted_is_left_to_the_launch_and_the_log_says_so(monkeypa
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
     """Names of the kernels that this process compiles, with nothing in memory and a cache of its own."""
-    from qwantize_vllm.matmul import gluon_decode, gluon_wgmma, triton_normed, triton_swizzled
-
     names = []
 
     def listen(*, src, cache_hit, **rest):
         if not cache_hit:
             names.append(src.name)
 
-    for module in (gluon_decode, gluon_wgmma, triton_normed, triton_swizzled):
-        for each in vars(module).values():
-            if isinstance(each, triton.JITFunction):
-                each.device_caches.clear()
+    forget_kernels(monkeypatch)
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
     monkeypatch.setattr(ahead, "_seen", Seen())
-    monkeypatch.setattr(replay, "_recordings", {})
     return names
 
 

@@ -40,8 +40,9 @@ def layer_of(form, experts: QuantizedExperts) -> torch.nn.Module:
     layer = torch.nn.Module()
     for name in ("w13_weight", "w2_weight"):  # what `keep` replaces
         layer.register_parameter(name, torch.nn.Parameter(torch.zeros(1), requires_grad=False))
-    form.keep(layer, experts)
     layer.local_num_experts, layer.expert_map, layer.activation = EXPERTS, None, MoEActivation.SILU
+    layer.moe_config = types.SimpleNamespace(experts_per_token=2)
+    form.keep(layer, experts)
     return layer
 
 
