@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
 from qwantize_vllm import Nvfp4Tensor, quantize_nvfp4
 from qwantize_vllm.plugin.expert_weights import GroupedForm, QuantizedExperts
 from qwantize_vllm.plugin.weights import QuantizedLayer, SwizzledForm
@@ -27,9 +29,9 @@ def model_with(name: str, form: Any, quantized: Any, **attributes: Any) -> torch
     layer = torch.nn.Module()
     for key in ("weight", "w13_weight", "w2_weight"):  # what `keep` replaces
         layer.register_parameter(key, torch.nn.Parameter(torch.zeros(1), requires_grad=False))
-    form.keep(layer, quantized)
     for key, value in attributes.items():
         setattr(layer, key, value)
+    form.keep(layer, quantized)
     layer.quant_method = types.SimpleNamespace(_form=form)
     return torch.nn.ModuleDict({name: layer})
 
@@ -50,7 +52,8 @@ def test_a_linear_layer() -> None:
 def test_experts() -> None:
     w13, w2 = of_shape(3, 1, 2 * 48, 80, seed=1), of_shape(3, 1, 80, 48, seed=2)
     quantized = QuantizedExperts(w13, w2, torch.bfloat16)
-    tensors = plain_tensors(model_with("experts", GroupedForm(quantized), quantized))["tensors"]
+    of_model = {"moe_config": types.SimpleNamespace(experts_per_token=2), "activation": MoEActivation.SILU}
+    tensors = plain_tensors(model_with("experts", GroupedForm(quantized), quantized, **of_model))["tensors"]
     for name, q in {"w13": w13, "w2": w2}.items():
         one_each = Nvfp4Tensor(q.codes[:, 0], q.block_scales[:, 0], q.global_scale[:, 0], q.block_size)
         assert_holds(tensors, f"experts.{name}_weight", one_each)
