@@ -18,7 +18,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from qwantize_vllm.matmul import backends, every_kernel, gluon_grouped, gluon_wgmma, op, triton_grouped, triton_swizzled
-from qwantize_vllm.matmul.every_kernel import Seen, launch_every, launch_every_normed, launch_every_of_experts
+from qwantize_vllm.matmul.every_kernel import ExpertKernels, Kernels, LinearKernels
 from qwantize_vllm.matmul.normed import AddedNorm
 from qwantize_vllm.matmul.tile_shapes import DecodeShape, choose_normed_shape
 from qwantize_vllm.triton_launch import launch_now
@@ -61,11 +61,9 @@ def compiled_by(calls: Iterable[Callable[[], object]]) -> set[tuple[str, Any]]:
     return found
 
 
-def compare(
-    name: str, ahead: Callable[[], object], served: Iterable[Callable[[], object]], elsewhere: Sequence[str] = ()
-) -> None:
+def compare(name: str, kernels: Kernels, served: Iterable[Callable[[], object]], elsewhere: Sequence[str] = ()) -> None:
     """elsewhere: kernels that others than these launch."""
-    early, needed = compiled_by([ahead]), compiled_by(served)
+    early, needed = compiled_by([functools.partial(kernels.launch_all, launch_now)]), compiled_by(served)
     missing = sorted({kernel for kernel, _ in needed - early})
     assert not missing, f"{name}: launched later: {missing}"
     # Those for many tokens are chosen by the size of the GPU too.
@@ -77,7 +75,7 @@ def compare(
 def products(n: int, k: int) -> None:
     w = weight(n, k)
     served = (functools.partial(backends.run_swizzled, torch.empty(m, k, dtype=HALF), w, None) for m in TOKENS)
-    compare(f"{n}x{k}", functools.partial(launch_every, w, HALF, None, launch_now, Seen()), served)
+    compare(f"{n}x{k}", LinearKernels(w, HALF, None), served)
 
 
 def other_products(n: int, k: int) -> None:
@@ -85,7 +83,7 @@ def other_products(n: int, k: int) -> None:
     w, bias = weight(n, k), torch.zeros(n)
     w = dataclasses.replace(w, scales=w.scales.to(torch.int16), global_scale=torch.ones(n), block_size=32)
     served = (functools.partial(backends.run_swizzled, torch.empty(m, k).half(), w, bias) for m in TOKENS)
-    compare(f"{n}x{k} others", functools.partial(launch_every, w, torch.float16, bias, launch_now, Seen()), served)
+    compare(f"{n}x{k} others", LinearKernels(w, torch.float16, bias), served)
 
 
 def normed(n: int, k: int, gated: bool) -> None:
@@ -97,14 +95,10 @@ def normed(n: int, k: int, gated: bool) -> None:
         x = torch.empty(tokens, k, dtype=HALF)
         op._normed_matmul_swizzled(x, torch.empty_like(x), x[0], 1e-5, *tensors)
 
-    def ahead() -> None:
-        seen = Seen()
-        launch_every(w, HALF, None, launch_now, seen)
-        launch_every_normed(w, HALF, None, gated, launch_now, seen)
-
     served = (functools.partial(call, each) for each in TOKENS)
     # That of one and two tokens which norms nothing is for graphs in which the norm is not seen.
-    compare(f"{n}x{k} {'gated' if gated else 'normed'}", ahead, served, ["_decode_kernel"])
+    kernels = LinearKernels(w, HALF, None, normed=True, gated=gated)
+    compare(f"{n}x{k} {'gated' if gated else 'normed'}", kernels, served, ["_decode_kernel"])
 
 
 def mixture(count: int, top_k: int, hidden: int, intermediate: int) -> None:
@@ -117,8 +111,8 @@ def mixture(count: int, top_k: int, hidden: int, intermediate: int) -> None:
 
     every = 2 + 96 * count // top_k  # up to there shapes change from one number of tokens to the next
     tokens = [*range(1, every), *range(every, 40 * every, 37), 6000 * count // top_k]
-    ahead = functools.partial(launch_every_of_experts, w13, w2, top_k, HALF, "silu", launch_now, Seen())
-    compare(f"{count} experts", ahead, (functools.partial(call, each) for each in tokens))
+    served = (functools.partial(call, each) for each in tokens)
+    compare(f"{count} experts", ExpertKernels(w13, w2, top_k, HALF, "silu"), served)
 
 
 if __name__ == "__main__":

@@ -68,8 +68,9 @@ class Request:
         def note(*, fn: Any, compile: dict[str, Any], **rest: Any) -> bool:
             if fn.jit_function is not kernel:
                 return False
-            self.kernels.append((fn.module, fn.name, compile["specialization_data"]))
-            self.sources.append(kernel.cache_key)
+            if (found := (fn.module, fn.name, compile["specialization_data"])) not in self.kernels:
+                self.kernels.append(found)
+                self.sources.append(kernel.cache_key)
             return True  # it is not compiled here
 
         target = driver.active.get_current_target()
@@ -182,16 +183,17 @@ def compile_all(file: IO[str]) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    failed: list[BaseException] = []
+    requests = [Request(**each) for each in json.load(file)]
+    jobs: dict[tuple[str, ...], Future[None]] = {}  # requests have kernels in common
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        jobs: list[tuple[Request, list[Future[None]]]] = []
-        for request in (Request(**each) for each in json.load(file)):
+        for request in requests:
             driver.set_active(_Target(GPUTarget(*request.target)))
-            jobs.append((request, [pool.submit(_compile, request.parent, *kernel) for kernel in request.kernels]))
-        for request, compiled in jobs:
-            errors = [error for job in compiled if (error := job.exception())]
-            failed += errors
-            if not errors:
+            for kernel in map(tuple, request.kernels):
+                if kernel not in jobs:
+                    jobs[kernel] = pool.submit(_compile, request.parent, *kernel)
+        failed = [error for job in jobs.values() if (error := job.exception())]
+        for request in requests:
+            if not any(jobs[tuple(kernel)].exception() for kernel in request.kernels):
                 request.mark_done()
     if failed:
         raise BaseExceptionGroup("kernels that do not compile", failed)

@@ -1,4 +1,4 @@
-"""Every kernel that multiplies x, of any number of tokens, by a weight: once each, for little work or none.
+"""Every kernel that multiplies x, of any number of tokens, by the weight of a layer: once each, for little work.
 
 Which kernel serves depends on the number of tokens, and a server meets some numbers first when somebody waits for the
 answer. So all kernels are compiled beside the load (compile_ahead.py), and launched before the first request
@@ -7,7 +7,9 @@ answer. So all kernels are compiled beside the load (compile_ahead.py), and laun
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable
+from typing import Protocol
 
 import torch
 
@@ -16,109 +18,150 @@ from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.gpu import capability_major
 from qwantize_vllm.matmul.grouped_shapes import WGMMA_PAIRS, grouped_wgmma_shapes, last_pairs
 from qwantize_vllm.matmul.normed import AddedNorm, one_kernel
-from qwantize_vllm.matmul.swizzle import COLUMNS, SwizzledNvfp4
+from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import NORMED_TOKENS, DecodeShape, Shape, TileShape, shapes_for
 from qwantize_vllm.matmul.wgmma_shapes import STEPS
 from qwantize_vllm.triton_launch import Launch
 
-_Routed = tuple[torch.Tensor, SwizzledExperts, SwizzledExperts, torch.Tensor, torch.Tensor, str]
+
+class Kernels(Protocol):
+    """Those of a layer on a GPU."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def kind(self) -> Hashable:
+        """Layers of one kind have the same kernels."""
+
+    def launch_all(self, launch: Launch) -> None:
+        """Each at least once, on zeros."""
 
 
-class Seen(set[Hashable]):
-    """For what has been launched: all that kernels are compiled for."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearKernels:
+    """Those of a linear layer; but for what dequantizes its weight for a dense product.
 
-    def is_new(self, *key: Hashable) -> bool:
-        """The first time."""
-        if key in self:
+    Attributes:
+        weight: (N, K), on the current device.
+        dtype: of x, bfloat16 or float16.
+        bias: (N,), as the products will have it, or None.
+        normed: also what norms x, and, if gated, gates the product (normed.py).
+    """
+
+    weight: SwizzledNvfp4
+    dtype: torch.dtype
+    bias: torch.Tensor | None
+    normed: bool = False
+    gated: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def kind(self) -> Hashable:
+        of_bias = None if self.bias is None else self.bias.dtype
+        of_weight = (self.weight.shape, self.weight.block_size, self.weight.global_scale.dim())
+        return (self.device, self.dtype, of_bias, *of_weight, self.normed, self.gated)
+
+    def launch_all(self, launch: Launch) -> None:
+        self._launch_products(launch)
+        if self.normed:
+            self._launch_normed(launch)
+
+    def _launch_products(self, launch: Launch) -> None:
+        major, (groups, tiles) = capability_major(self.device), self.weight.words.shape[:2]
+        x = self._zeros(1, self.weight.shape[1])
+        shapes = shapes_for(major, groups, tiles, self.weight.block_size)
+        served = [shape for shape in shapes if why_not_gluon(x, self.weight, shape) is None]
+        if len(served) < len(shapes):
+            served += shapes_for(major, groups, tiles, self.weight.block_size, gluon=False)
+        for shape in dict.fromkeys(served):
+            _launch_shape(x, self.weight, self.bias, shape, launch)
+
+    def _launch_normed(self, launch: Launch) -> None:
+        """Where for few tokens one kernel does it all; with more of them, kernels of their own do before and after."""
+        n, k = self.weight.shape
+        fused = [tokens for tokens in NORMED_TOKENS if self._launch_fused(tokens, launch)]
+        if not fused:
+            return
+        from qwantize_vllm.matmul.triton_normed import add_norm, silu_and_mul
+
+        tokens = NORMED_TOKENS[-1] + 1
+        add_norm(self._zeros(tokens, k), self._norm(tokens), launch)
+        if self.gated:
+            silu_and_mul(self._zeros(tokens, n), launch)
+
+    def _launch_fused(self, tokens: int, launch: Launch) -> bool:
+        """Whether there is one kernel for so many tokens."""
+        (n, k), norm = self.weight.shape, self._norm(tokens)
+        x = self._zeros(tokens, k)
+        shape = one_kernel(x, norm, n, self.weight.block_size, self.gated)
+        if shape is None:
             return False
-        self.add(key)
+        from qwantize_vllm.matmul.gluon_decode import matmul_decode
+
+        matmul_decode(x, self.weight, self.bias, shape, launch=launch, norm=norm, gated=self.gated)
         return True
 
+    def _norm(self, tokens: int) -> AddedNorm:
+        residual = self._zeros(tokens, self.weight.shape[1])
+        return AddedNorm(residual, residual[0], 1e-6, torch.empty_like(residual))
 
-def launch_every(
-    weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, launch: Launch, seen: Seen
-) -> None:
-    """Those of a weight (N, K) on a GPU that are new; but for what dequantizes it for a dense product.
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
-    dtype: of x, bfloat16 or float16. bias: (N,) as the products will have it, or None.
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExpertKernels:
+    """Those of the experts of a layer.
+
+    Attributes:
+        w13: of gate and up, w2: of down.
+        top_k: experts of a token.
+        dtype: of x, bfloat16 or float16.
+        activation: one of ACTIVATIONS.
     """
-    major, (groups, tiles) = capability_major(weight.device), weight.words.shape[:2]
-    x = torch.zeros(1, weight.shape[1], dtype=dtype, device=weight.device)
-    shapes = shapes_for(major, groups, tiles, weight.block_size)
-    served = [shape for shape in shapes if why_not_gluon(x, weight, shape) is None]
-    if len(served) < len(shapes):
-        served = list(dict.fromkeys([*served, *shapes_for(major, groups, tiles, weight.block_size, gluon=False)]))
-    for shape in served:
-        if seen.is_new(*_kind_of(weight, dtype, bias, shape)):
-            _launch_shape(x, weight, bias, shape, launch)
 
+    w13: SwizzledExperts
+    w2: SwizzledExperts
+    top_k: int
+    dtype: torch.dtype
+    activation: str
 
-def launch_every_normed(
-    weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, gated: bool, launch: Launch, seen: Seen
-) -> None:
-    """What norms x and, if gated, gates the product (normed.py), where for few tokens one kernel does it all; with more
-    of them kernels of their own do before and after those of `launch_every`."""
-    for tokens in NORMED_TOKENS:
-        norm = _norm(tokens, weight, dtype)
-        x = torch.zeros_like(norm.residual)
-        shape = one_kernel(x, norm, weight.shape[0], weight.block_size, gated)
-        if shape is None:
-            continue
-        if seen.is_new(*_kind_of(weight, dtype, bias, shape), "gated" if gated else "normed"):
-            from qwantize_vllm.matmul.gluon_decode import matmul_decode
+    @property
+    def device(self) -> torch.device:
+        return self.w13.words.device
 
-            matmul_decode(x, weight, bias, shape, launch=launch, norm=norm, gated=gated)
-        _launch_steps(weight, dtype, gated, launch, seen)
+    @property
+    def kind(self) -> Hashable:
+        experts, members = self.w13.global_scales.shape
+        of_weights = (experts, members, self.w13.shape, self.w2.shape, self.w13.block_size)
+        return (self.device, self.dtype, self.top_k, self.activation, *of_weights)
 
+    def launch_all(self, launch: Launch) -> None:
+        from qwantize_vllm.matmul.triton_grouped import experts_swizzled, tokens_of_each_kind
 
-def _launch_steps(weight: SwizzledNvfp4, dtype: torch.dtype, gated: bool, launch: Launch, seen: Seen) -> None:
-    from qwantize_vllm.matmul.triton_normed import add_norm, silu_and_mul
+        experts, by_wgmma = len(self.w13.global_scales), serves_by_wgmma(self.device, self.w13, self.w2)
+        # More pairs are served by the other kernel, or as these are.
+        last = last_pairs(capability_major(self.device))
+        pairs = WGMMA_PAIRS * experts - 1 if by_wgmma else int(last * experts) + self.top_k
+        for tokens in tokens_of_each_kind(self.w13, self.w2, self.top_k, pairs // self.top_k):
+            experts_swizzled(*self._routed(tokens), launch=launch)
+        if by_wgmma:
+            from qwantize_vllm.matmul.gluon_grouped import experts_wgmma
 
-    (n, k), tokens = weight.shape, NORMED_TOKENS[-1] + 1
-    if seen.is_new("norm", k, dtype, weight.device):
-        norm = _norm(tokens, weight, dtype)
-        add_norm(torch.zeros_like(norm.residual), norm, launch)
-    if gated and seen.is_new("gate", n, dtype, weight.device):
-        silu_and_mul(torch.zeros(tokens, n, dtype=dtype, device=weight.device), launch)
+            for shape in grouped_wgmma_shapes():
+                experts_wgmma(*self._routed(1), shape, launch=launch)
 
-
-def _norm(tokens: int, weight: SwizzledNvfp4, dtype: torch.dtype) -> AddedNorm:
-    residual = torch.zeros(tokens, weight.shape[1], dtype=dtype, device=weight.device)
-    return AddedNorm(residual, residual[0], 1e-6, torch.empty_like(residual))
-
-
-def launch_every_of_experts(
-    w13: SwizzledExperts,
-    w2: SwizzledExperts,
-    top_k: int,
-    dtype: torch.dtype,
-    activation: str,
-    launch: Launch,
-    seen: Seen,
-) -> None:
-    """Those of the experts of a layer on a GPU, if they are new; top_k: experts of a token."""
-    device, experts = w13.words.device, w13.words.shape[0]
-    sizes = (w13.shape, w2.shape, experts, w13.block_size, w13.global_scales.shape[1])
-    if not seen.is_new(device, dtype, top_k, activation, *sizes):
-        return
-    from qwantize_vllm.matmul.triton_grouped import experts_swizzled, tokens_of_each_kind
-
-    def routed(tokens: int) -> _Routed:
+    def _routed(
+        self, tokens: int
+    ) -> tuple[torch.Tensor, SwizzledExperts, SwizzledExperts, torch.Tensor, torch.Tensor, str]:
         """Tokens that all go to the first expert."""
-        x = torch.zeros(tokens, w13.shape[1], dtype=dtype, device=device)
-        ids = torch.zeros(tokens, top_k, dtype=torch.int32, device=device)
-        return x, w13, w2, ids.float(), ids, activation
-
-    by_wgmma = serves_by_wgmma(device, w13, w2)
-    # More pairs are served by the other kernel, or as these are.
-    pairs = WGMMA_PAIRS * experts - 1 if by_wgmma else int(last_pairs(capability_major(device)) * experts) + top_k
-    for tokens in tokens_of_each_kind(w13, w2, top_k, pairs // top_k):
-        experts_swizzled(*routed(tokens), launch=launch)
-    if by_wgmma:
-        from qwantize_vllm.matmul.gluon_grouped import experts_wgmma
-
-        for shape in grouped_wgmma_shapes():
-            experts_wgmma(*routed(1), shape, launch=launch)
+        x = torch.zeros(tokens, self.w13.shape[1], dtype=self.dtype, device=self.device)
+        ids = torch.zeros(tokens, self.top_k, dtype=torch.int32, device=self.device)
+        return x, self.w13, self.w2, ids.float(), ids, self.activation
 
 
 def _launch_shape(
@@ -139,17 +182,3 @@ def _launch_shape(
         for wgmma_shape in STEPS:
             # Cut or not it is one kernel, and an area for sums may not be made yet (partial_sums.py).
             matmul_wgmma(x, weight, bias, wgmma_shape, split=False, launch=launch)
-
-
-def _kind_of(
-    weight: SwizzledNvfp4, dtype: torch.dtype, bias: torch.Tensor | None, shape: Shape
-) -> tuple[Hashable, ...]:
-    """What kernels are compiled for: Triton asks whether a size is a multiple of 16."""
-    n, k = weight.shape
-    sizes = (n % 16 == 0, _whole_steps(k, shape), weight.block_size, weight.global_scale.dim())
-    return (weight.device, dtype, None if bias is None else bias.dtype, shape, *sizes)
-
-
-def _whole_steps(k: int, shape: Shape) -> int:
-    """What the kernels know of K."""
-    return k % (COLUMNS * shape.tiles * shape.warps if isinstance(shape, DecodeShape) else 256)

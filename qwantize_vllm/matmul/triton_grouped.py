@@ -56,12 +56,10 @@ _SUM_COLUMNS = 512
 class Tiles:
     """Who takes which pairs: `slots` programs for each tile of rows.
 
-    ids: int32 (pairs,), the expert of each. plan: None, or what triton_plan.py found out for tiles so wide.
+    ids: int32 (pairs,), the expert of each. plan: None, or what triton_plan.py found out.
     """
 
     ids: torch.Tensor
-    experts: int
-    width: int
     slots: int
     plan: torch.Tensor | None
 
@@ -152,7 +150,7 @@ def sum_experts(
 
 def _tiles(ids: torch.Tensor, experts: int, width: int, launch: Launch) -> Tiles:
     slots, planned = _slots(ids.numel(), experts, width)
-    return Tiles(ids, experts, width, slots, make_plan(ids, experts, width, slots, launch) if planned else None)
+    return Tiles(ids, slots, make_plan(ids, experts, width, slots, launch) if planned else None)
 
 
 def _slots(pairs: int, experts: int, width: int) -> tuple[int, bool]:
@@ -162,6 +160,7 @@ def _slots(pairs: int, experts: int, width: int) -> tuple[int, bool]:
 
 
 def _planned_from(experts: int) -> int:
+    """From so many pairs on there is a plan."""
     return min(_FEW_PAIRS[-1], max(_FEW_PAIRS[0], experts)) + 1
 
 

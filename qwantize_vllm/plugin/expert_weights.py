@@ -10,19 +10,17 @@ import dataclasses
 from typing import Any, Protocol
 
 import torch
-from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.utils import replace_parameter
 
 from qwantize_vllm.format import Nvfp4Tensor
-from qwantize_vllm.matmul.compile_ahead import compile_experts_ahead
+from qwantize_vllm.matmul.every_kernel import ExpertKernels
 from qwantize_vllm.matmul.experts import swizzle_experts
 from qwantize_vllm.matmul.op import experts_op, experts_swizzled_op
-from qwantize_vllm.matmul.warm_up import announce_experts
 from qwantize_vllm.plugin.invariance import plain_backend, swizzled_backend
+from qwantize_vllm.plugin.kernels_ahead import prepare_kernels
 from qwantize_vllm.plugin.vllm_experts import MarlinExperts, why_not_marlin
-from qwantize_vllm.plugin.weights import compiles_for_others
 from qwantize_vllm.settings import QwantizeSettings
 
 logger = init_logger(f"vllm.{__name__}")
@@ -115,12 +113,8 @@ class GroupedForm:
             for name, tensors in experts.tensors().items()
         }
         self._scale_dtype = swizzled["w2"].scales.dtype
-        if not envs.VLLM_BATCH_INVARIANT:
-            top_k, activation = layer.moe_config.experts_per_token, layer.activation.value
-            kernels = (swizzled["w13"], swizzled["w2"], top_k, experts.dtype, activation)
-            if compiles_for_others():
-                compile_experts_ahead(*kernels)
-            announce_experts(*kernels)
+        top_k, activation = layer.moe_config.experts_per_token, layer.activation.value
+        prepare_kernels(ExpertKernels(swizzled["w13"], swizzled["w2"], top_k, experts.dtype, activation))
         return _replace(
             layer,
             {

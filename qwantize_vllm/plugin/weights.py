@@ -12,18 +12,16 @@ import functools
 from typing import Protocol
 
 import torch
-from vllm import envs
-from vllm.distributed import get_pp_group, get_tp_group, get_world_group, model_parallel_is_initialized
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.utils import replace_parameter
 
 from qwantize_vllm.format import Nvfp4Tensor
-from qwantize_vllm.matmul.compile_ahead import compile_ahead
+from qwantize_vllm.matmul.every_kernel import LinearKernels
 from qwantize_vllm.matmul.op import matmul_op, matmul_swizzled_op
 from qwantize_vllm.matmul.swizzle import swizzle
-from qwantize_vllm.matmul.warm_up import announce
 from qwantize_vllm.plugin.addresses import same_addresses
 from qwantize_vllm.plugin.invariance import plain_backend, swizzled_backend
+from qwantize_vllm.plugin.kernels_ahead import prepare_kernels
 from qwantize_vllm.plugin.vllm_kernels import KERNELS, describe, make_kernel
 from qwantize_vllm.settings import QwantizeSettings
 
@@ -138,16 +136,12 @@ class SwizzledForm:
         if len(quantized.widths) > 1:
             widths = torch.tensor(quantized.widths, device=scale.device)
             scale = quantized.global_scales.repeat_interleave(widths)
-        if not envs.VLLM_BATCH_INVARIANT:
-            # What several layers are fused into follows a norm; two as large as each other are gate and up.
-            members = getattr(layer, "logical_widths", [])
-            normed = self.fuse_norms and len(members) > 1
-            gated = len(members) == 2 and members[0] == members[1]
-            compiled = dataclasses.replace(weight, global_scale=scale)
-            kernels = (compiled, quantized.dtype, getattr(layer, "bias", None), normed, gated)
-            if compiles_for_others():
-                compile_ahead(*kernels)
-            announce(*kernels)
+        # What several layers are fused into follows a norm; two as large as each other are gate and up.
+        members = getattr(layer, "logical_widths", [])
+        normed = self.fuse_norms and len(members) > 1
+        gated = len(members) == 2 and members[0] == members[1]
+        served = dataclasses.replace(weight, global_scale=scale)
+        prepare_kernels(LinearKernels(served, quantized.dtype, getattr(layer, "bias", None), normed, gated))
         return _replace(layer, weight.words, weight.scales, scale)
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -175,15 +169,6 @@ class VllmForm:
         y: torch.Tensor = self.kernel.apply_weights(layer, x.contiguous(), None)
         # The kernels want a bias repacked with the weight, each in its own way.
         return y if bias is None else y + bias.to(y.dtype)
-
-
-def compiles_for_others() -> bool:
-    """Whether this rank has kernels compiled while it loads: the first of a host for all of them, into a cache that
-    they share, and the first of each later stage of a pipeline, whose layers may be others. Ranks beside them compile
-    in their first run what is not there by then."""
-    if not model_parallel_is_initialized() or get_world_group().local_rank == 0:
-        return True
-    return get_pp_group().rank_in_group > 0 and get_tp_group().rank_in_group == 0
 
 
 def _replace(layer: LinearBase, *tensors: torch.Tensor) -> int:

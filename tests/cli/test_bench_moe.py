@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 
@@ -15,7 +14,6 @@ pytest.importorskip("vllm")
 from qwantize_vllm.cli import app
 from qwantize_vllm.cli.bench import moe
 from qwantize_vllm.cli.bench.graph_clock import Timing
-from qwantize_vllm.cli.bench.moe import Cell
 
 
 @pytest.fixture(autouse=True)
@@ -53,15 +51,6 @@ def test_a_machine_that_gets_slower_and_slower_favours_nobody(monkeypatch):
     found = list(moe._measure(["tiny"], [1, 2], torch.device("cpu")))
     assert [(cell.tokens, cell.competitor) for cell in found] == [(1, "bf16"), (1, "ours"), (2, "bf16"), (2, "ours")]
     assert [cell.us for cell in found] == pytest.approx([2.5, 2.5, 6.5, 6.5])
-
-
-def test_what_fails_is_wrong_or_in_no_graph_once_is_shown():
-    cell = Cell("tiny", 1, "ours", us=8.0, method="graph", error=1e-3)
-    failed = Cell("tiny", 1, "ours", problem="RuntimeError: ")
-    assert moe._mean(cell, failed) == moe._mean(failed, cell) == failed
-    other = dataclasses.replace(cell, us=10.0, method="events", error=0.5)
-    for found in (moe._mean(cell, other), moe._mean(other, cell)):
-        assert (found.us, found.method, found.error) == (9.0, "events", 0.5)
 
 
 def test_a_wrong_result_ends_with_exit_code_1(tmp_path, monkeypatch):

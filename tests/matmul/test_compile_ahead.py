@@ -12,7 +12,7 @@ import triton
 
 from qwantize_vllm.matmul import compile_ahead as ahead
 from qwantize_vllm.matmul.backends import run_swizzled
-from qwantize_vllm.matmul.every_kernel import Seen
+from qwantize_vllm.matmul.every_kernel import LinearKernels
 from qwantize_vllm.matmul.op import normed_matmul_swizzled_op
 from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.matmul.tile_shapes import choose_shape, shapes_for
@@ -44,19 +44,19 @@ def test_what_is_launched_ahead_is_what_any_number_of_tokens_takes():
 
 def test_nothing_is_compiled_without_a_gpu():
     _, q = make("cpu", 64, 256, 1, torch.bfloat16)
-    ahead.compile_ahead(swizzle(q), torch.bfloat16, None)
-    assert not ahead._seen
+    assert ahead.compile_ahead(LinearKernels(swizzle(q), torch.bfloat16, None)) is None
+    assert not ahead._asked_for
 
 
 def test_what_cannot_be_noted_is_left_to_the_launch_and_the_log_says_so(monkeypatch, caplog):
-    def fail(*given):
+    def fail(launch):
         raise KeyError("no such shape")
 
-    monkeypatch.setattr(ahead, "launch_every", fail)
+    monkeypatch.setattr(ahead, "_asked_for", set())
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    weight = SimpleNamespace(device=torch.device("cuda"))
+    kernels = SimpleNamespace(device=torch.device("cuda"), kind="kind", launch_all=fail)
     with caplog.at_level(logging.INFO):
-        assert ahead.compile_ahead(weight, torch.bfloat16, None) is None
+        assert ahead.compile_ahead(kernels) is None
     assert "compiled as they are launched" in caplog.text
     assert "KeyError: 'no such shape'" in caplog.text
 
@@ -73,7 +73,7 @@ def compiled(monkeypatch, tmp_path):
     forget_kernels(monkeypatch)
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
-    monkeypatch.setattr(ahead, "_seen", Seen())
+    monkeypatch.setattr(ahead, "_asked_for", set())
     return names
 
 
@@ -85,7 +85,7 @@ def test_what_was_compiled_ahead_is_not_compiled_again(monkeypatch, compiled, wi
     weight, bias = swizzle(q), torch.randn(208, device="cuda").half() if with_bias else None
     events = watch_launchers(monkeypatch)
     compiled.clear()
-    waiting = ahead.compile_ahead(weight, x.dtype, bias)
+    waiting = ahead.compile_ahead(LinearKernels(weight, x.dtype, bias))
     assert waiting is not None
     waiting.join()
     assert compiled == events == []
@@ -100,7 +100,7 @@ def test_what_was_compiled_ahead_is_not_compiled_again(monkeypatch, compiled, wi
 def test_what_norms_and_gates_was_compiled_ahead(compiled):
     x, q = make("cuda", 384, 1056, 40, torch.bfloat16)
     weight = swizzle(q)
-    waiting = ahead.compile_ahead(weight, x.dtype, None, normed=True, gated=True)
+    waiting = ahead.compile_ahead(LinearKernels(weight, x.dtype, None, normed=True, gated=True))
     assert waiting is not None
     waiting.join()
     tensors = (weight.words, weight.scales, weight.global_scale, weight.arrived)

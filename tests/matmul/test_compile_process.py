@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+import io
+import json
 import logging
 import sys
 
@@ -59,6 +62,30 @@ def test_requests_that_come_while_others_are_compiled_are_next(cache, monkeypatc
     thread.join(timeout=60)
     assert lists == [[first, second], [third]]
     assert start_compiling(first) is not thread, "it has ended"
+
+
+def test_what_several_ask_for_is_compiled_once(cache, monkeypatch):
+    """And what fails is done for none of those who asked for it."""
+    from triton.runtime import driver
+
+    compiled = []
+
+    def compile_one(parent, module, name, specialization):
+        compiled.append(name)
+        if name == "broken":
+            raise KeyError("no such kernel")
+
+    monkeypatch.setattr(compile_process, "_compile", compile_one)
+    monkeypatch.setattr(driver, "set_active", lambda target: None)
+    names = (["a", "b"], ["b", "c"], ["a", "broken"])
+    requests = [
+        Request([(NORM, name, "{}") for name in each], ["source"] * len(each), ["cuda", 90, 32]) for each in names
+    ]
+    with pytest.raises(ExceptionGroup, match="do not compile") as raised:
+        compile_process.compile_all(io.StringIO(json.dumps([dataclasses.asdict(each) for each in requests])))
+    assert len(raised.value.exceptions) == 1
+    assert sorted(compiled) == ["a", "b", "broken", "c"]
+    assert [request.done for request in requests] == [True, True, False]
 
 
 def test_a_process_that_is_killed_is_told_of(cache, monkeypatch, caplog, tmp_path):

@@ -13,21 +13,12 @@ from qwantize_vllm.plugin.expert_weights import GroupedForm
 from tests.plugin.test_expert_balancing import HIDDEN, INNER, layer_of, quantize
 
 
-@pytest.mark.parametrize("compiles", [True, False])
-def test_kernels_are_compiled_by_one_rank_and_launched_by_all(kernel_on, monkeypatch, compiles):
-    called = []
-
-    def note(name):
-        return lambda w13, w2, *rest: called.append((name, w13.shape, w2.shape, *rest))
-
-    monkeypatch.setattr(expert_weights, "compiles_for_others", lambda: compiles)
-    monkeypatch.setattr(expert_weights, "compile_experts_ahead", note("compiled"))
-    monkeypatch.setattr(expert_weights, "announce_experts", note("announced"))
+def test_kernels_are_prepared_of_what_will_be_served(kernel_on, monkeypatch):
+    prepared = []
+    monkeypatch.setattr(expert_weights, "prepare_kernels", prepared.append)
     experts = quantize(16, kernel_on)
-    layer_of(GroupedForm(experts), experts)
-    kernels = ((2 * INNER, HIDDEN), (HIDDEN, INNER), 2, torch.bfloat16, "silu")
-    assert called == [("compiled", *kernels), ("announced", *kernels)][not compiles :]
-    called.clear()
-    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    layer_of(GroupedForm(experts), experts)
-    assert not called
+    layer = layer_of(GroupedForm(experts), experts)
+    (kernels,) = prepared
+    assert (kernels.w13.shape, kernels.w2.shape) == ((2 * INNER, HIDDEN), (HIDDEN, INNER))
+    assert (kernels.top_k, kernels.dtype, kernels.activation) == (2, torch.bfloat16, "silu")
+    assert kernels.w13.words.data_ptr() == layer.w13_weight.data_ptr(), "no copy is held"

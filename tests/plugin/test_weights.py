@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -140,31 +138,13 @@ def test_kernels_of_vllm_multiply_by_what_they_made(backend):
     assert relative_error(form.apply(layer, x, None), exact_product(x, quantized)) < 4e-3
 
 
-@pytest.mark.parametrize(
-    ("local_rank", "stage", "rank_of_stage", "expected"),
-    [(None, 0, 0, True), (0, 0, 0, True), (1, 0, 1, False), (2, 1, 0, True), (3, 1, 1, False), (0, 0, 8, True)],
-)
-def test_who_compiles_ahead_for_others(monkeypatch, local_rank, stage, rank_of_stage, expected):
-    """None: the layer is in no group of ranks, as in these tests."""
-    monkeypatch.setattr(weights, "model_parallel_is_initialized", lambda: local_rank is not None)
-    monkeypatch.setattr(weights, "get_world_group", lambda: SimpleNamespace(local_rank=local_rank))
-    monkeypatch.setattr(weights, "get_pp_group", lambda: SimpleNamespace(rank_in_group=stage))
-    monkeypatch.setattr(weights, "get_tp_group", lambda: SimpleNamespace(rank_in_group=rank_of_stage))
-    assert weights.compiles_for_others() is expected
-
-
-@pytest.mark.parametrize("compiles", [True, False])
-def test_kernels_are_compiled_by_one_rank_and_launched_by_all(kernel_on, monkeypatch, compiles):
-    called = []
-    monkeypatch.setattr(weights, "compiles_for_others", lambda: compiles)
-    monkeypatch.setattr(weights, "compile_ahead", lambda *given: called.append(("compiled", *given[1:])))
-    monkeypatch.setattr(weights, "announce", lambda *given: called.append(("announced", *given[1:])))
+def test_kernels_are_prepared_of_what_will_be_served(kernel_on, monkeypatch):
+    prepared = []
+    monkeypatch.setattr(weights, "prepare_kernels", prepared.append)
     layer, form = new_layer(kernel_on), SwizzledForm(quantize([48, 48], kernel_on), fuse_norms=True)
     layer.logical_widths = [48, 48]
     form.keep(layer, quantize([48, 48], kernel_on))
-    kernels = (torch.float16, None, True, True)
-    assert called == [("compiled", *kernels), ("announced", *kernels)][not compiles :]
-    called.clear()
-    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    form.keep(layer, quantize([48, 48], kernel_on))
-    assert not called
+    (kernels,) = prepared
+    assert (kernels.dtype, kernels.bias, kernels.normed, kernels.gated) == (torch.float16, None, True, True)
+    assert torch.equal(kernels.weight.global_scale, layer.weight_global_scale)
+    assert kernels.weight.words.data_ptr() == layer.weight.data_ptr(), "no copy is held"

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -41,6 +41,28 @@ class Timing:
     seconds: float
     method: str
     no_graph: str | None = None
+
+
+class Timed(Protocol):
+    """A cell of a table, a frozen dataclass; its fields are those of `Timing`, in microseconds, with an error against
+    float64 and what was raised."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def us(self) -> float | None: ...
+
+    @property
+    def method(self) -> str | None: ...
+
+    @property
+    def error(self) -> float | None: ...
+
+    @property
+    def problem(self) -> str | None: ...
+
+
+CellT = TypeVar("CellT", bound=Timed)
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -81,6 +103,16 @@ def there_and_back(measurements: Sequence[Callable[[], T]]) -> list[tuple[T, T]]
     there = [measure() for measure in measurements]
     back = [measure() for measure in reversed(measurements)]
     return list(zip(there, reversed(back), strict=True))
+
+
+def mean_cell(first: CellT, second: CellT) -> CellT:
+    """One cell of what was found there and back: the mean time, the larger error, and a graph only if it was one twice.
+    What failed once has failed."""
+    if first.us is None or second.us is None:
+        return second if second.problem else first
+    error = None if first.error is None or second.error is None else max(first.error, second.error)
+    timed = first if second.method == "graph" else second
+    return dataclasses.replace(timed, us=(first.us + second.us) / 2, error=error)
 
 
 def mean_there_and_back(measurements: Sequence[Callable[[], float | None]]) -> list[float | None]:

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
-from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, there_and_back, time_call
+from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, mean_cell, there_and_back, time_call
 from qwantize_vllm.cli.bench.machine import device_name, versions
 from qwantize_vllm.cli.bench.mixtures import (
     MIXTURES,
@@ -109,7 +109,7 @@ def _measure(names: list[str], numbers: list[int], device: torch.device) -> Iter
             x, weights, ids = (each[rows] for each in inputs[0])
             exact = _exact(x, weights, ids, w13, w2)
             runs = [functools.partial(each.run, Cell(name, m, each.name), inputs, rows, exact) for each in entrants]
-            yield from (_mean(*twice) for twice in there_and_back(runs))
+            yield from (mean_cell(*twice) for twice in there_and_back(runs))
 
 
 class _Entrant:
@@ -137,15 +137,6 @@ class _Entrant:
             return dataclasses.replace(cell, problem=f"{type(error).__name__}: {error}".splitlines()[0])
         off = float(((y - exact).norm() / exact.norm()).nan_to_num(torch.inf))
         return dataclasses.replace(cell, us=1e6 * timing.seconds, method=timing.method, error=off)
-
-
-def _mean(first: Cell, second: Cell) -> Cell:
-    """One cell of both times: the mean, the larger error, and a graph only if it was one twice. What failed once has
-    failed."""
-    if first.us is None or second.us is None or first.error is None or second.error is None:
-        return second if second.problem else first
-    us, error = (first.us + second.us) / 2, max(first.error, second.error)
-    return dataclasses.replace(first if second.method == "graph" else second, us=us, error=error)
 
 
 def _exact(

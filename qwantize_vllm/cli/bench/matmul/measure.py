@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from qwantize_vllm.cli.bench.clock import copy_bytes_per_second
-from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, there_and_back, time_call
+from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, mean_cell, there_and_back, time_call
 from qwantize_vllm.cli.bench.inputs import random_activations, random_weight
 from qwantize_vllm.cli.bench.matmul.competitors import Competitor, Multiply
 from qwantize_vllm.cli.bench.matmul.error import (
@@ -170,17 +170,11 @@ class _Entrant:
 
 
 def _mean(first: Cell, second: Cell) -> Cell:
-    """One cell of both times: the mean, the larger error, and a graph only if it was one twice. What failed once has
-    failed."""
-    if first.us is None or second.us is None:
-        return second if second.problem else first
-    us = (first.us + second.us) / 2
-    return dataclasses.replace(
-        second if second.no_graph else first,
-        us=us,
-        of_copy=None if first.of_copy is None else first.of_copy * first.us / us,
-        error=None if first.error is None or second.error is None else max(first.error, second.error),
-    )
+    """See `mean_cell`."""
+    mean = mean_cell(first, second)
+    if first.of_copy is None or first.us is None or mean.us is None:
+        return mean
+    return dataclasses.replace(mean, of_copy=first.of_copy * first.us / mean.us)
 
 
 def _copy(q: Nvfp4Tensor) -> Nvfp4Tensor:
