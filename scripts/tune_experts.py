@@ -6,7 +6,7 @@
 RULES in qwantize_vllm/matmul/grouped_shapes.py maps the major version of the compute capability to the shapes of the
 Triton kernel, one for the product with gate and up and one for that with down, by how many pairs of a token and an
 expert an expert has on average. The table says which shapes the rules should lead to. Beside them is, on Hopper, the
-kernel of gluon_grouped.py, in the shape that choose_grouped_wgmma estimates to be the best one and in the one that is;
+kernel of gluon_grouped.py, in the shapes that choose_grouped_wgmma estimates to be the best ones and in those that are;
 the last line says what WGMMA_PAIRS should be. Nothing is tuned while serving.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated
 
 import torch
@@ -26,7 +26,7 @@ from qwantize_vllm.cli.bench.graph_clock import copies_beyond_cache, mean_there_
 from qwantize_vllm.cli.bench.mixtures import MIXTURES, Inputs, random_experts, random_inputs, swizzled_experts
 from qwantize_vllm.cli.bench.options import one_of
 from qwantize_vllm.matmul.experts import SwizzledExperts
-from qwantize_vllm.matmul.gpu import capability_major
+from qwantize_vllm.matmul.gpu import capability_major, multiprocessors
 from qwantize_vllm.matmul.grouped_shapes import WGMMA_PAIRS, choose_grouped, choose_grouped_wgmma
 from qwantize_vllm.matmul.tile_shapes import TileShape
 from qwantize_vllm.matmul.wgmma_shapes import STEPS, WgmmaShape
@@ -44,6 +44,7 @@ FORMS = {
 # With fewer pairs an expert not even wgmma's smallest tiles, of 64, are filled to a quarter.
 FEWEST_WGMMA_PAIRS = 16
 Shapes = tuple[TileShape, TileShape]  # of both products
+WgmmaShapes = tuple[WgmmaShape, WgmmaShape]
 Weights = tuple[SwizzledExperts, SwizzledExperts]
 
 app = typer.Typer(add_completion=False)
@@ -65,8 +66,8 @@ class Row:
     pairs: float
     rule: Shapes
     tiles: dict[Shapes, float]
-    wgmma_rule: WgmmaShape
-    wgmma: dict[WgmmaShape, float]
+    wgmma_rule: WgmmaShapes
+    wgmma: dict[WgmmaShapes, float]
 
 
 @app.command(help=__doc__)
@@ -100,8 +101,9 @@ def measure(name: str, numbers: list[int], device: torch.device) -> Iterator[Row
     for tokens in numbers:
         inputs, pairs = random_inputs(mixture, tokens, device), tokens * mixture.top_k
         tiles = tile_candidates(capability_major(device), pairs, mixture.experts)
-        wgmma = wgmma_candidates(pairs, mixture.experts) if runs_wgmma(device) else []
-        shapes: list[Shapes | WgmmaShape] = [*tiles, *wgmma]
+        chosen = chosen_wgmma(pairs, weights[0], device)
+        wgmma = wgmma_candidates(chosen, pairs / mixture.experts) if runs_wgmma(device) else []
+        shapes: list[Shapes | WgmmaShapes] = [*tiles, *wgmma]
         timed = mean_there_and_back([functools.partial(time_experts, inputs, weights, shape) for shape in shapes])
         times = {shape: us for shape, us in zip(shapes, timed, strict=True) if us is not None}
         yield Row(
@@ -109,7 +111,7 @@ def measure(name: str, numbers: list[int], device: torch.device) -> Iterator[Row
             pairs / mixture.experts,
             choose_grouped(capability_major(device), pairs, mixture.experts),
             {shape: times[shape] for shape in tiles if shape in times},
-            choose_grouped_wgmma(pairs, mixture.experts),
+            chosen,
             {shape: times[shape] for shape in wgmma if shape in times},
         )
 
@@ -126,25 +128,32 @@ def tile_candidates(major: int | None, pairs: int, experts: int) -> list[Shapes]
     return list(dict.fromkeys([(first, second), *others, *same]))
 
 
-def wgmma_candidates(pairs: int, experts: int) -> list[WgmmaShape]:
-    """What is chosen, and all whose tiles are filled to a quarter."""
-    each = pairs / experts
+def chosen_wgmma(pairs: int, weights: Weights, device: torch.device) -> WgmmaShapes:
+    first, second = (choose_grouped_wgmma(pairs, w.words.shape, multiprocessors(device)) for w in weights)
+    return first, second
+
+
+def wgmma_candidates(chosen: WgmmaShapes, each: float) -> list[WgmmaShapes]:
+    """What is chosen, and all whose tiles an expert's pairs fill to a quarter. Tiles of both products have as many
+    tokens."""
     if each < FEWEST_WGMMA_PAIRS:
         return []
-    return list(dict.fromkeys([choose_grouped_wgmma(pairs, experts), *(s for s in STEPS if s.tokens <= 4 * each)]))
+    filled = [shape for shape in STEPS if shape.tokens <= 4 * each]
+    both = [(first, second) for first in filled for second in filled if first.tokens == second.tokens]
+    return list(dict.fromkeys([chosen, *both]))
 
 
 def runs_wgmma(device: torch.device) -> bool:
     return device.type == "cuda" and capability_major(device) == 9
 
 
-def time_experts(inputs: list[Inputs], weights: list[Weights], shape: Shapes | WgmmaShape) -> float | None:
-    """Microseconds of all experts of a layer; None where the shape does not fit this GPU."""
+def time_experts(inputs: list[Inputs], weights: list[Weights], shapes: Shapes | WgmmaShapes) -> float | None:
+    """Microseconds of all experts of a layer; None where a shape does not fit this GPU."""
     from triton.runtime.errors import OutOfResources
 
-    run = kernel_of(shape)
+    run = kernel_of(shapes)
     calls = [
-        functools.partial(run, x, *weights[i % len(weights)], topk_weights, ids, "silu", shape)
+        functools.partial(run, x, *weights[i % len(weights)], topk_weights, ids, "silu", shapes)
         for i, (x, topk_weights, ids) in enumerate(inputs)
     ]
     try:
@@ -153,8 +162,8 @@ def time_experts(inputs: list[Inputs], weights: list[Weights], shape: Shapes | W
         return None
 
 
-def kernel_of(shape: Shapes | WgmmaShape) -> Callable[..., torch.Tensor]:
-    if isinstance(shape, WgmmaShape):
+def kernel_of(shapes: Shapes | WgmmaShapes) -> Callable[..., torch.Tensor]:
+    if isinstance(shapes[0], WgmmaShape):
         from qwantize_vllm.matmul.gluon_grouped import experts_wgmma
 
         return experts_wgmma
@@ -168,18 +177,23 @@ def shape_table(rows: list[Row], title: str) -> Table:
     for column in ("tokens", "pairs an expert", "by the rules", "best", "second", "third", "wgmma", "its best"):
         table.add_column(column)
     for row in rows:
-        best = sorted((us, shapes) for shapes, us in row.tiles.items())[:3]
-        words = [f"{us:.1f} {' '.join(str(tuple(shape)) for shape in dict.fromkeys(shapes))}" for us, shapes in best]
-        wgmma = [f"{us:.1f} {tuple(shape)}" for us, shape in sorted((us, shape) for shape, us in row.wgmma.items())[:1]]
+        best, wgmma = best_first(row.tiles)[:3], best_first(row.wgmma)[:1]
         table.add_row(
             str(row.tokens),
             f"{row.pairs:.3g}",
             figure(row.tiles.get(row.rule)),
-            *(words + [""] * (3 - len(words))),
+            *(best + [""] * (3 - len(best))),
             figure(row.wgmma.get(row.wgmma_rule)),
             *wgmma,
         )
     return table
+
+
+def best_first(times: Mapping[Shapes, float] | Mapping[WgmmaShapes, float]) -> list[str]:
+    return [
+        f"{us:.1f} {' '.join(str(tuple(shape)) for shape in dict.fromkeys(shapes))}"
+        for us, shapes in sorted((us, shapes) for shapes, us in times.items())
+    ]
 
 
 def figure(us: float | None) -> str:

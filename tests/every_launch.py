@@ -19,6 +19,7 @@ from triton.runtime import driver
 
 from qwantize_vllm.matmul import backends, every_kernel, gluon_grouped, gluon_wgmma, op, triton_grouped, triton_swizzled
 from qwantize_vllm.matmul.every_kernel import ExpertKernels, Kernels, LinearKernels
+from qwantize_vllm.matmul.grouped_shapes import WGMMA_PAIRS
 from qwantize_vllm.matmul.normed import AddedNorm
 from qwantize_vllm.matmul.tile_shapes import DecodeShape, choose_normed_shape
 from qwantize_vllm.triton_launch import launch_now
@@ -67,7 +68,8 @@ def compare(name: str, kernels: Kernels, served: Iterable[Callable[[], object]],
     missing = sorted({kernel for kernel, _ in needed - early})
     assert not missing, f"{name}: launched later: {missing}"
     # Those for many tokens are chosen by the size of the GPU too.
-    useless = sorted({kernel for kernel, _ in early - needed} - {"_wgmma_kernel", *elsewhere})
+    by_size = {"_wgmma_kernel", "_grouped_wgmma_kernel"}
+    useless = sorted({kernel for kernel, _ in early - needed} - {*by_size, *elsewhere})
     assert not useless, f"{name}: never launched: {useless}"
     print(name, len(needed))
 
@@ -109,7 +111,7 @@ def mixture(count: int, top_k: int, hidden: int, intermediate: int) -> None:
         ids = torch.zeros(tokens, top_k, dtype=torch.int32)
         backends.run_experts(x, w13, w2, share, ids, "silu", launch=launch_now)
 
-    every = 2 + 96 * count // top_k  # up to there shapes change from one number of tokens to the next
+    every = 2 + WGMMA_PAIRS * count // top_k  # up to there shapes change from one number of tokens to the next
     tokens = [*range(1, every), *range(every, 40 * every, 37), 6000 * count // top_k]
     served = (functools.partial(call, each) for each in tokens)
     compare(f"{count} experts", ExpertKernels(w13, w2, top_k, HALF, "silu"), served)

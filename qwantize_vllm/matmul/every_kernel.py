@@ -16,7 +16,7 @@ import torch
 from qwantize_vllm.matmul.backends import serves_by_wgmma, why_not_gluon
 from qwantize_vllm.matmul.experts import SwizzledExperts
 from qwantize_vllm.matmul.gpu import capability_major
-from qwantize_vllm.matmul.grouped_shapes import WGMMA_PAIRS, grouped_wgmma_shapes, last_pairs
+from qwantize_vllm.matmul.grouped_shapes import GROUPED_WGMMA_SHAPES, WGMMA_PAIRS, last_pairs
 from qwantize_vllm.matmul.normed import AddedNorm, one_kernel
 from qwantize_vllm.matmul.swizzle import SwizzledNvfp4
 from qwantize_vllm.matmul.tile_shapes import NORMED_TOKENS, DecodeShape, Shape, TileShape, shapes_for
@@ -152,8 +152,8 @@ class ExpertKernels:
         if by_wgmma:
             from qwantize_vllm.matmul.gluon_grouped import experts_wgmma
 
-            for shape in grouped_wgmma_shapes():
-                experts_wgmma(*self._routed(1), shape, launch=launch)
+            for shape in GROUPED_WGMMA_SHAPES:
+                experts_wgmma(*self._routed(1), (shape, shape), launch=launch)
 
     def _routed(
         self, tokens: int

@@ -55,27 +55,28 @@ def experts_wgmma(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: str,
-    shape: WgmmaShape | None = None,
+    shapes: tuple[WgmmaShape, WgmmaShape] | None = None,
     *,
     launch: Launch = launch_again,
 ) -> torch.Tensor:
-    """As `experts_swizzled` of triton_grouped.py; shape: default the one that grouped_shapes.py chooses."""
+    """As `experts_swizzled` of triton_grouped.py; shapes: of both products, with as many tokens; default those that
+    grouped_shapes.py chooses."""
     y = torch.empty(x.shape[0], w2.shape[0], dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    pairs, experts = topk_ids.numel(), w13.words.shape[0]
-    shape = shape or choose_grouped_wgmma(pairs, experts)
-    ids = topk_ids.reshape(-1).to(torch.int32)
-    slots = slots_for(pairs, experts, shape.tokens)
-    plan, rows = make_plan(ids, experts, shape.tokens, slots, launch), slots * shape.tokens
+    pairs, experts, programs = topk_ids.numel(), w13.words.shape[0], multiprocessors(x.device)
+    for_gate_up, for_down = shapes or (choose_grouped_wgmma(pairs, w.words.shape, programs) for w in (w13, w2))
+    ids, tokens = topk_ids.reshape(-1).to(torch.int32), for_gate_up.tokens
+    slots = slots_for(pairs, experts, tokens)
+    plan, rows = make_plan(ids, experts, tokens, slots, launch), slots * tokens
     inputs, h, z = (
         torch.empty(rows, width, dtype=x.dtype, device=x.device)
         for width in (x.shape[1], w13.shape[0] // 2, w2.shape[0])
     )
     copy = (x, plan[slots:], inputs, x.shape[1], topk_ids.shape[1], x.stride(0))
     launch(_copy_kernel, (rows,), *copy, COLUMNS=_COPY_COLUMNS, num_warps=4, **dependent_launch(x.device))
-    _launch(inputs, w13, plan, slots, h, shape, activation, launch)
-    _launch(h, w2, plan, slots, z, shape, "none", launch)
+    _launch(inputs, w13, plan, slots, h, for_gate_up, activation, launch)
+    _launch(h, w2, plan, slots, z, for_down, "none", launch)
     sum_experts(z[None], topk_weights, ids, plan[slots + rows :], y, launch)
     return y
 

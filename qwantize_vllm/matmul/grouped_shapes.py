@@ -6,7 +6,7 @@ import functools
 from typing import NamedTuple
 
 from qwantize_vllm.matmul.tile_shapes import TileShape
-from qwantize_vllm.matmul.wgmma_shapes import STEPS, WgmmaShape
+from qwantize_vllm.matmul.wgmma_shapes import STEPS, WgmmaShape, microseconds_of_tile
 
 
 class GroupedRule(NamedTuple):
@@ -23,7 +23,7 @@ _ANY = float("inf")
 RULES = {
     9: (
         GroupedRule(0.5, TileShape(8, 1, 4, 4, 3), TileShape(8, 1, 4, 4, 3)),
-        GroupedRule(5.0, TileShape(8, 2, 4, 4, 3), TileShape(8, 2, 4, 4, 3)),
+        GroupedRule(5.0, TileShape(8, 1, 4, 4, 3), TileShape(8, 2, 4, 4, 3)),
         GroupedRule(24.0, TileShape(32, 2, 2, 4, 4), TileShape(32, 2, 2, 4, 4)),
         GroupedRule(96.0, TileShape(64, 2, 1, 4, 4), TileShape(64, 2, 1, 4, 4)),
         GroupedRule(_ANY, TileShape(128, 2, 1, 8, 4), TileShape(128, 2, 1, 4, 3)),
@@ -51,24 +51,37 @@ def _rules(major: int | None) -> tuple[GroupedRule, ...]:
     return ELSEWHERE if major is None else RULES.get(major, ELSEWHERE)
 
 
-# From so many pairs an expert on, on average, the kernel of gluon_grouped.py is faster on an H200: with 32 to 64 both
-# take the same time, with 128 it takes 6 to 11 % less, with 1,024 a fifth. `python scripts/tune_experts.py` says it of
-# the GPU at hand.
-WGMMA_PAIRS = 96
+# From so many pairs an expert on, on average, the kernel of gluon_grouped.py is faster on an H200.
+# `python scripts/tune_experts.py` says it of the GPU at hand.
+WGMMA_PAIRS = 64
+# Both products share a plan, so their tiles have as many tokens: with fewer the weights of such experts would be
+# dequantized more than once, with more too much of the tiles is empty.
+GROUPED_WGMMA_SHAPES = [shape for shape in STEPS if shape.tokens == 128]
+# Tokens are not spread evenly over experts: by so much the number of tiles may differ from what is expected.
+_SPREAD = 0.1
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_grouped_wgmma(pairs: int, experts: int) -> WgmmaShape:
-    """The shape that takes least time: as many tiles as pairs fill, and half a tile for each expert that is not."""
+def choose_grouped_wgmma(pairs: int, words: tuple[int, ...], programs: int) -> WgmmaShape:
+    """The shape that is estimated to end first, for a weight whose words (experts.py) have such a shape, and so many
+    programs at a time."""
+    experts, groups, tiles = words[:3]
 
     def cost(shape: WgmmaShape) -> float:
-        return (pairs / shape.tokens + min(experts, pairs) / 2) * STEPS[shape] / shape.groups
+        token_tiles = pairs / shape.tokens + min(experts, pairs) / 2  # half a tile for each expert is not filled
+        rounds = _expected_rounds(token_tiles * -(-groups // shape.groups) / programs)
+        return rounds * microseconds_of_tile(shape, tiles)
 
-    return min(STEPS, key=cost)
+    return min(GROUPED_WGMMA_SHAPES, key=cost)
 
 
-def grouped_wgmma_shapes() -> list[WgmmaShape]:
-    """What `choose_grouped_wgmma` answers from WGMMA_PAIRS an expert on."""
-    experts = 64  # any: where all have pairs, how many each has decides
-    pairs = (round(experts * WGMMA_PAIRS * 2 ** (step / 8)) for step in range(80))
-    return list(dict.fromkeys(choose_grouped_wgmma(each, experts) for each in pairs))
+def _expected_rounds(filled: float) -> float:
+    """How many rounds all programs take, where so many are expected to be filled: the last one is never in part."""
+    first, last = filled * (1 - _SPREAD), filled * (1 + _SPREAD)
+    return (_area_below_rounds(last) - _area_below_rounds(first)) / (last - first)
+
+
+def _area_below_rounds(filled: float) -> float:
+    """The integral of filled, rounded up."""
+    full = int(filled)
+    return full * (full + 1) / 2 + (filled - full) * (full + 1)

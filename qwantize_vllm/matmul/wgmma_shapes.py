@@ -67,8 +67,13 @@ def rounds(shape: WgmmaShape, tokens: int, groups: int, tiles: int, programs: in
 def estimate(shape: WgmmaShape, tokens: int, groups: int, tiles: int, programs: int) -> float:
     """Microseconds, without what all launches take alike."""
     whole, last, splits = rounds(shape, tokens, groups, tiles, programs)
+    full = microseconds_of_tile(shape, tiles)
     size = shape.tokens * shape.groups
-    full = tiles * STEPS[shape] + size * _STORE
     # A program gives away all but its part of the tile, and adds as many sums to that part.
     rest = tiles * STEPS[shape] / splits + size * (_STORE + _EXCHANGE * (splits - 1) / splits)
     return whole // programs * full + (rest if last else 0.0)
+
+
+def microseconds_of_tile(shape: WgmmaShape, tiles: int) -> float:
+    """Of one tile of the result, with so many tiles of 64 columns."""
+    return tiles * STEPS[shape] + shape.tokens * shape.groups * _STORE

@@ -12,6 +12,7 @@ from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.backends import run_experts
 from qwantize_vllm.matmul.experts import ACTIVATIONS, swizzle_experts
 from qwantize_vllm.matmul.experts_cpu import activate, experts_one_by_one, members_of
+from qwantize_vllm.matmul.grouped_shapes import GROUPED_WGMMA_SHAPES
 from qwantize_vllm.matmul.op import experts_op, experts_swizzled_op
 from qwantize_vllm.matmul.reference import matmul_reference
 from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS
@@ -208,8 +209,8 @@ def test_a_cuda_graph_replays_with_other_routings(tokens):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("block_size", [16, 32])
-@pytest.mark.parametrize("shape", STEPS)
-def test_kernel_for_many_tokens_has_the_sums_of_the_other(dtype, block_size, shape):
+@pytest.mark.parametrize("shapes", [*zip(STEPS, STEPS, strict=True), tuple(GROUPED_WGMMA_SHAPES)])
+def test_kernel_for_many_tokens_has_the_sums_of_the_other(dtype, block_size, shapes):
     """The number of rows is no multiple of a program's, and an expert has no token."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("runs on Hopper")
@@ -218,6 +219,6 @@ def test_kernel_for_many_tokens_has_the_sums_of_the_other(dtype, block_size, sha
     x, w13, w2, weights, ids = make("cuda", 700, 5, 2, 576, 352, dtype, block_size)
     ids = torch.where(ids == 3, -1, ids)
     case = (x, *swizzled(w13, w2), weights, ids)
-    y = experts_wgmma(*case, "silu", shape)
+    y = experts_wgmma(*case, "silu", shapes)
     assert relative_error(y, grouped(x, w13, w2, weights, ids).double()) < tolerance("cuda", dtype)
-    assert all(torch.equal(experts_wgmma(*case, "silu", shape), y) for _ in range(5))
+    assert all(torch.equal(experts_wgmma(*case, "silu", shapes), y) for _ in range(5))

@@ -16,12 +16,13 @@ pytest.importorskip("triton")
 import tune_experts
 
 from qwantize_vllm.cli.bench.graph_clock import Timing
-from qwantize_vllm.matmul.grouped_shapes import RULES, choose_grouped, choose_grouped_wgmma
+from qwantize_vllm.matmul.grouped_shapes import RULES, choose_grouped
 from qwantize_vllm.matmul.tile_shapes import TileShape
 from qwantize_vllm.matmul.wgmma_shapes import STEPS, WgmmaShape
 
 SMALL, LARGE = TileShape(8, 1, 4, 4, 3), TileShape(64, 2, 1, 4, 4)
-WGMMA, OTHER = WgmmaShape(64, 2, 4, 3, 3), WgmmaShape(128, 2, 2, 3, 3)
+NARROW, WIDE = WgmmaShape(64, 2, 4, 3, 3), WgmmaShape(128, 2, 2, 3, 3)
+WGMMA, OTHER = (NARROW, NARROW), (WIDE, WIDE)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -55,10 +56,14 @@ def test_the_forms_have_those_of_the_rules():
 
 
 def test_wgmma_is_tried_where_its_tiles_are_not_almost_empty():
-    assert tune_experts.wgmma_candidates(8 * 15, 8) == []
-    assert {shape.tokens for shape in tune_experts.wgmma_candidates(8 * 16, 8)} == {64}
-    assert set(tune_experts.wgmma_candidates(8 * 64, 8)) == set(STEPS)
-    assert choose_grouped_wgmma(128 * 20, 128) in tune_experts.wgmma_candidates(128 * 20, 128)
+    assert tune_experts.wgmma_candidates(OTHER, 15) == []
+    few, many = tune_experts.wgmma_candidates(OTHER, 16), tune_experts.wgmma_candidates(OTHER, 64)
+    assert few[0] == OTHER
+    assert {shape.tokens for shapes in few[1:] for shape in shapes} == {64}
+    assert {shape for shapes in many for shape in shapes} == set(STEPS)
+    assert all(first.tokens == second.tokens for first, second in many)
+    assert any(first != second for first, second in many)
+    assert len(set(many)) == len(many)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels on a CPU are for machines without a GPU")
