@@ -1,0 +1,58 @@
+"""What README.md, CONTRIBUTING.md and docs/ point to is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Where a path in a document may begin.
+PLACES = [ROOT, ROOT / "qwantize_vllm"]
+
+
+def text_of(document: Path) -> str:
+    """Without blocks of code, in which `#` begins a comment."""
+    return re.sub(r"^```.*?^```", "", document.read_text(), flags=re.S | re.M)
+
+
+def anchors(document: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text_of(document), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(document: Path) -> list[str]:
+    broken = []
+    for link in re.findall(r"\]\(([^)]+)\)", text_of(document)):
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        if link.startswith("https://"):
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+def missing_files(document: Path) -> list[str]:
+    """Of the paths that begin a piece of code: those in folders, and scripts."""
+    paths = re.findall(r"(?<!\w)((?:[\w.-]+/)+[\w-]+\.(?:py|yaml|sh))(?!\w)", document.read_text())
+    return [path for path in paths if not any((place / path).exists() for place in PLACES)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_files_are_there(document):
+    assert broken_links(document) == []
+    assert missing_files(document) == []
+
+
+def test_what_is_not_there_is_found(tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text(
+        "# A title: `code` and more\n[a](#a-title-code-and-more) [b](#b) [c](document.md) [d](other.md)\n"
+        "```\n# no heading\n```\n[e](#no-heading) [f](https://example.com/none#g)\n`scripts/load_time.py` `scripts/no.py`"
+    )
+    assert broken_links(document) == ["#b", "other.md", "#no-heading"]
+    assert missing_files(document) == ["scripts/no.py"]
