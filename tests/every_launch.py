@@ -103,18 +103,21 @@ def normed(n: int, k: int, gated: bool) -> None:
     compare(f"{n}x{k} {'gated' if gated else 'normed'}", kernels, served, ["_decode_kernel"])
 
 
-def mixture(count: int, top_k: int, hidden: int, intermediate: int) -> None:
-    w13, w2 = experts(2 * intermediate, hidden, True, count), experts(hidden, intermediate, False, count)
+def mixture(count: int, top_k: int, hidden: int, intermediate: int, total: int | None = None) -> None:
+    """total: experts, of which these are some."""
+    total = total or count
+    w13 = experts(2 * intermediate, hidden, True, count, total)
+    w2 = experts(hidden, intermediate, False, count, total)
 
     def call(tokens: int) -> None:
         x, share = torch.empty(tokens, hidden, dtype=HALF), torch.empty(tokens, top_k)
         ids = torch.zeros(tokens, top_k, dtype=torch.int32)
         backends.run_experts(x, w13, w2, share, ids, "silu", launch=launch_now)
 
-    every = 2 + WGMMA_PAIRS * count // top_k  # up to there shapes change from one number of tokens to the next
-    tokens = [*range(1, every), *range(every, 40 * every, 37), 6000 * count // top_k]
+    every = 2 + WGMMA_PAIRS * total // top_k  # up to there shapes change from one number of tokens to the next
+    tokens = [*range(1, every), *range(every, 40 * every, 37), 6000 * total // top_k]
     served = (functools.partial(call, each) for each in tokens)
-    compare(f"{count} experts", ExpertKernels(w13, w2, top_k, HALF, "silu"), served)
+    compare(f"{count} of {total} experts", ExpertKernels(w13, w2, top_k, HALF, "silu"), served)
 
 
 if __name__ == "__main__":
@@ -127,3 +130,4 @@ if __name__ == "__main__":
     normed(28672, 4096, gated=True)
     mixture(8, 2, 256, 256)
     mixture(64, 6, 128, 64)
+    mixture(8, 6, 128, 64, 64)

@@ -124,11 +124,11 @@ def check_areas() -> None:
     print("areas")
 
 
-def experts(n: int, k: int, gated: bool, count: int = 8) -> SwizzledExperts:
+def experts(n: int, k: int, gated: bool, count: int = 8, total: int | None = None) -> SwizzledExperts:
     groups, tiles = -(-n // 64), -(-k // 64)
     words = torch.empty(count, groups, tiles, 4, 256, dtype=torch.int16)
     scales = torch.empty(count, groups, -(-tiles // 4), 64, 4, dtype=torch.int32)
-    return SwizzledExperts(words, scales, torch.ones(count, 1 + gated), (n, k), 16, gated)
+    return SwizzledExperts(words, scales, torch.ones(count, 1 + gated), (n, k), 16, gated, total or count)
 
 
 def check_experts(run: Any, tokens: int) -> None:

@@ -52,7 +52,8 @@ def test_what_is_not_there_is_found(tmp_path):
     document = tmp_path / "document.md"
     document.write_text(
         "# A title: `code` and more\n[a](#a-title-code-and-more) [b](#b) [c](document.md) [d](other.md)\n"
-        "```\n# no heading\n```\n[e](#no-heading) [f](https://example.com/none#g)\n`scripts/load_time.py` `scripts/no.py`"
+        "```\n# no heading\n```\n[e](#no-heading) [f](https://example.com/none#g)\n"
+        "`scripts/load_time.py` `scripts/no.py`"
     )
     assert broken_links(document) == ["#b", "other.md", "#no-heading"]
     assert missing_files(document) == ["scripts/no.py"]

@@ -178,7 +178,8 @@ def run_experts(
     given = (x, w13, w2, topk_weights, topk_ids, activation)
     if backend == "batch_invariant":
         return experts_swizzled(*given, (ANY_TOKENS, ANY_TOKENS), split=False, launch=launch)
-    if topk_ids.numel() < WGMMA_PAIRS * w13.words.shape[0] or not serves_by_wgmma(x.device, w13, w2):
+    few = w13.expected(topk_ids.numel()) < WGMMA_PAIRS * w13.words.shape[0]
+    if few or not serves_by_wgmma(x.device, w13, w2):
         return experts_swizzled(*given, launch=launch)
     from qwantize_vllm.matmul.gluon_grouped import experts_wgmma
 

@@ -137,16 +137,17 @@ class ExpertKernels:
     @property
     def kind(self) -> Hashable:
         experts, members = self.w13.global_scales.shape
-        of_weights = (experts, members, self.w13.shape, self.w2.shape, self.w13.block_size)
+        of_weights = (experts, self.w13.total, members, self.w13.shape, self.w2.shape, self.w13.block_size)
         return (self.device, self.dtype, self.top_k, self.activation, *of_weights)
 
     def launch_all(self, launch: Launch) -> None:
         from qwantize_vllm.matmul.triton_grouped import experts_swizzled, tokens_of_each_kind
 
-        experts, by_wgmma = len(self.w13.global_scales), serves_by_wgmma(self.device, self.w13, self.w2)
+        experts, total = len(self.w13.global_scales), self.w13.total
+        by_wgmma = serves_by_wgmma(self.device, self.w13, self.w2)
         # More pairs are served by the other kernel, or as these are.
         last = last_pairs(capability_major(self.device))
-        pairs = WGMMA_PAIRS * experts - 1 if by_wgmma else int(last * experts) + self.top_k
+        pairs = (WGMMA_PAIRS * experts - 1) * total // experts if by_wgmma else int(last * total) + self.top_k
         for tokens in tokens_of_each_kind(self.w13, self.w2, self.top_k, pairs // self.top_k):
             experts_swizzled(*self._routed(tokens), launch=launch)
         if by_wgmma:

@@ -26,6 +26,7 @@ class SwizzledExperts:
         global_scales: float32 (E, members): of a gated weight those of gate and of up, or one for both.
         shape: (N, K).
         gated: whether the rows are those of gate and of up, eight of each in turn.
+        total: experts that tokens are routed to, those of other ranks among them.
     """
 
     words: torch.Tensor
@@ -34,6 +35,11 @@ class SwizzledExperts:
     shape: tuple[int, int]
     block_size: int
     gated: bool
+    total: int
+
+    def expected(self, pairs: int) -> int:
+        """How many of so many pairs of a token and an expert are those of these experts, if all have as many."""
+        return -(-pairs * self.words.shape[0] // self.total)
 
     @property
     def nbytes(self) -> int:
@@ -41,12 +47,18 @@ class SwizzledExperts:
 
 
 def swizzle_experts(
-    codes: torch.Tensor, block_scales: torch.Tensor, global_scales: torch.Tensor, block_size: int, *, gated: bool
+    codes: torch.Tensor,
+    block_scales: torch.Tensor,
+    global_scales: torch.Tensor,
+    block_size: int,
+    *,
+    gated: bool,
+    total: int | None = None,
 ) -> SwizzledExperts:
     """Reorder the weights of all experts, one after the other.
 
     codes: uint8 (E, N, K/2). block_scales: float8_e4m3fn (E, N, K/block_size). global_scales: float32 (E, members).
-    gated: the first half of the rows is gate, the second one up.
+    gated: the first half of the rows is gate, the second one up. total: as in SwizzledExperts; default E.
 
     Raises:
         ValueError: gated, and half of N is not a multiple of 8.
@@ -64,7 +76,8 @@ def swizzle_experts(
         one = swizzle(Nvfp4Tensor(some.flatten(0, 1), some_scales.flatten(0, 1), global_scales[0, 0], block_size))
         words.append(one.words.unflatten(0, (len(some), -1)))
         scales.append(one.scales.unflatten(0, (len(some), -1)))
-    return SwizzledExperts(torch.cat(words), torch.cat(scales), global_scales, (n, 2 * half_k), block_size, gated)
+    shape, total = (n, 2 * half_k), total or experts
+    return SwizzledExperts(torch.cat(words), torch.cat(scales), global_scales, shape, block_size, gated, total)
 
 
 def in_turn(n: int) -> torch.Tensor:

@@ -65,7 +65,8 @@ def experts_wgmma(
     if y.numel() == 0:
         return y
     pairs, experts, programs = topk_ids.numel(), w13.words.shape[0], multiprocessors(x.device)
-    for_gate_up, for_down = shapes or (choose_grouped_wgmma(pairs, w.words.shape, programs) for w in (w13, w2))
+    expected = w13.expected(pairs)
+    for_gate_up, for_down = shapes or (choose_grouped_wgmma(expected, w.words.shape, programs) for w in (w13, w2))
     ids, tokens = topk_ids.reshape(-1).to(torch.int32), for_gate_up.tokens
     slots = slots_for(pairs, experts, tokens)
     plan, rows = make_plan(ids, experts, tokens, slots, launch), slots * tokens

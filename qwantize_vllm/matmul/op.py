@@ -184,12 +184,13 @@ def _experts_swizzled(
     intermediate: int,
     out: int,
     block_size: int,
+    total: int,
     backend: str,
 ) -> torch.Tensor:
     """As `experts_op`, from words, scales and global scales of SwizzledExperts (2 * intermediate, K) and
-    (out, intermediate); backend: see `run_experts`."""
-    first = SwizzledExperts(w13[0], w13[1], w13[2], (2 * intermediate, x.shape[1]), block_size, gated=True)
-    second = SwizzledExperts(w2[0], w2[1], w2[2], (out, intermediate), block_size, gated=False)
+    (out, intermediate), and what else they hold; backend: see `run_experts`."""
+    first = SwizzledExperts(w13[0], w13[1], w13[2], (2 * intermediate, x.shape[1]), block_size, True, total)
+    second = SwizzledExperts(w2[0], w2[1], w2[2], (out, intermediate), block_size, False, total)
     warm_up()
     return run_experts(x, first, second, topk_weights, topk_ids, activation, backend)
 

@@ -88,7 +88,7 @@ def experts_swizzled(
     if y.numel() == 0:
         return y
     pairs, experts = topk_ids.numel(), w13.words.shape[0]
-    first, second = shapes or choose_grouped(capability_major(x.device), pairs, experts)
+    first, second = shapes or choose_grouped(capability_major(x.device), w13.expected(pairs), experts)
     ids = topk_ids.reshape(-1).to(torch.int32)
     tiles = _tiles(ids, experts, first.tokens, launch)
     h = torch.empty(pairs, w13.shape[0] // 2, dtype=x.dtype, device=x.device)
@@ -109,7 +109,7 @@ def tokens_of_each_kind(w13: SwizzledExperts, w2: SwizzledExperts, top_k: int, m
     kinds: dict[object, int] = {}
     for tokens in range(1, max(most, _planned_from(experts) // top_k + 1) + 1):
         pairs = tokens * top_k
-        shapes = choose_grouped(capability_major(device), pairs, experts)
+        shapes = choose_grouped(capability_major(device), w13.expected(pairs), experts)
         slots, planned = _slots(pairs, experts, shapes[1].tokens)
         splits = _splits(device, slots, w2, shapes[1])
         kinds.setdefault((shapes, 0 if planned else _few(pairs), splits > 1), tokens)

@@ -109,7 +109,7 @@ class GroupedForm:
 
     def keep(self, layer: RoutedExperts, experts: QuantizedExperts) -> int:
         swizzled = {
-            name: swizzle_experts(*tensors, self.block_size, gated=name == "w13")
+            name: swizzle_experts(*tensors, self.block_size, gated=name == "w13", total=layer.global_num_experts)
             for name, tensors in experts.tensors().items()
         }
         self._scale_dtype = swizzled["w2"].scales.dtype
@@ -129,10 +129,8 @@ class GroupedForm:
         ids, activation = local_ids(layer, topk_ids), layer.activation.value
         w13, w2 = self.parts(layer, "w13"), self.parts(layer, "w2")
         x = x if x.stride(-1) == 1 else x.contiguous()
-        backend = swizzled_backend()
-        return experts_swizzled_op(
-            x, w13, w2, topk_weights, ids, activation, self.intermediate, self.out, self.block_size, backend
-        )
+        rest = (self.intermediate, self.out, self.block_size, layer.global_num_experts, swizzled_backend())
+        return experts_swizzled_op(x, w13, w2, topk_weights, ids, activation, *rest)
 
     def parts(self, layer: RoutedExperts, name: str) -> list[torch.Tensor]:
         """Words, scales and global scales of w13 or w2, as SwizzledExperts has them."""

@@ -37,8 +37,9 @@ def test_what_is_launched_ahead_is_what_any_number_of_tokens_takes():
         "136x1040 others",
         "6144x4096 normed",
         "28672x4096 gated",
-        "8 experts",
-        "64 experts",
+        "8 of 8 experts",
+        "64 of 64 experts",
+        "8 of 64 experts",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -12,11 +13,12 @@ from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.backends import run_experts
 from qwantize_vllm.matmul.experts import ACTIVATIONS, swizzle_experts
 from qwantize_vllm.matmul.experts_cpu import activate, experts_one_by_one, members_of
-from qwantize_vllm.matmul.grouped_shapes import GROUPED_WGMMA_SHAPES
+from qwantize_vllm.matmul.grouped_shapes import GROUPED_WGMMA_SHAPES, choose_grouped
 from qwantize_vllm.matmul.op import experts_op, experts_swizzled_op
 from qwantize_vllm.matmul.reference import matmul_reference
 from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS
 from qwantize_vllm.matmul.wgmma_shapes import STEPS
+from tests.devices import kernel_device
 from tests.matmul.test_matmul import INTERPRETED_BFLOAT16, TOLERANCE, relative_error
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -102,11 +104,31 @@ def test_one_by_one_against_float64(dtype, activation):
     assert relative_error(y, exact(x, w13, w2, weights, ids, activation)) < 5**0.5 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("total", [8, 32])
+def test_shapes_are_those_for_the_pairs_that_experts_here_will_have(monkeypatch, total):
+    """On one of four ranks that is a quarter of all, and the product is the same."""
+    pytest.importorskip("triton")
+    from qwantize_vllm.matmul import triton_grouped
+
+    asked = []
+
+    def choose(major, pairs, experts):
+        asked.append((pairs, experts))
+        return choose_grouped(major, pairs, experts)
+
+    monkeypatch.setattr(triton_grouped, "choose_grouped", choose)
+    x, w13, w2, weights, ids = make(kernel_device("interpreted"), 9, 8, 2, 64, 64, torch.float16)
+    here = [dataclasses.replace(each, total=total) for each in swizzled(w13, w2)]
+    y = run_experts(x, *here, weights, ids, "silu")
+    assert asked == [(18 if total == 8 else 5, 8)]
+    assert relative_error(y, exact(x, w13, w2, weights, ids)) < tolerance("cpu", torch.float16)
+
+
 def op_arguments(device, tokens=5):
     x, w13, w2, weights, ids = make(device, tokens, 4, 2, 64, 96, torch.bfloat16)
     plain = [[q.codes, q.block_scales, q.global_scale[:, None]] for q in (w13, w2)]
     kept = [[each.words, each.scales, each.global_scales] for each in swizzled(w13, w2)]
-    return (x, *plain, weights, ids, "silu", 16, "auto"), (x, *kept, weights, ids, "silu", 96, 64, 16, "auto")
+    return (x, *plain, weights, ids, "silu", 16, "auto"), (x, *kept, weights, ids, "silu", 96, 64, 16, 4, "auto")
 
 
 def test_the_ops_are_registered_as_pytorch_wants_them():

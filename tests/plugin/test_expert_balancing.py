@@ -40,7 +40,8 @@ def layer_of(form, experts: QuantizedExperts) -> torch.nn.Module:
     layer = torch.nn.Module()
     for name in ("w13_weight", "w2_weight"):  # what `keep` replaces
         layer.register_parameter(name, torch.nn.Parameter(torch.zeros(1), requires_grad=False))
-    layer.local_num_experts, layer.expert_map, layer.activation = EXPERTS, None, MoEActivation.SILU
+    layer.local_num_experts, layer.global_num_experts, layer.expert_map = EXPERTS, 2 * EXPERTS, None
+    layer.activation = MoEActivation.SILU
     layer.moe_config = types.SimpleNamespace(experts_per_token=2)
     form.keep(layer, experts)
     return layer

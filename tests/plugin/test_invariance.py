@@ -56,7 +56,7 @@ def test_swizzled_experts_are_too(invariant, monkeypatch):
     monkeypatch.setattr(expert_weights, "experts_swizzled_op", given_backend)
     monkeypatch.setattr(GroupedForm, "parts", lambda self, layer, name: [])
     form = GroupedForm(SimpleNamespace(w2=SimpleNamespace(shape=(2, 1, 16, 16), block_size=16)))
-    layer = SimpleNamespace(expert_map=None, activation=SimpleNamespace(value="silu"))
+    layer = SimpleNamespace(expert_map=None, global_num_experts=2, activation=SimpleNamespace(value="silu"))
     backend = form.apply(layer, torch.zeros(1, 16), torch.ones(1, 1), torch.zeros(1, 1))
     assert backend == ("batch_invariant" if invariant else "auto")
 

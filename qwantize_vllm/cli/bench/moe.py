@@ -159,7 +159,8 @@ def _ours(w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> _Run:
         return lambda x, weights, ids: experts_op(x, first, second, weights, ids, "silu", size, "auto")
     a, b = swizzled_experts(w13, w2)
     kept = [[each.words, each.scales, each.global_scales] for each in (a, b)]
-    return lambda x, weights, ids: experts_swizzled_op(x, *kept, weights, ids, "silu", *reversed(b.shape), size, "auto")
+    rest = ("silu", *reversed(b.shape), size, b.total, "auto")
+    return lambda x, weights, ids: experts_swizzled_op(x, *kept, weights, ids, *rest)
 
 
 def _marlin(w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> _Run:
