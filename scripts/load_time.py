@@ -4,11 +4,11 @@
     .venv/bin/python scripts/load_time.py [--shape llama-3-8b] [--layers N] [--starts 3] [--folder DIR]
 
 Writes a checkpoint of random weights (16 GB for llama-3-8b; gone at the end, unless --keep), then starts one engine
-after the other, with qwantize and without, without and with, and so on, each in a process of its own. The first start
-of either finds no compiled kernel; later ones find what the first has left, but with --fresh. "ready" is the time that
-`vllm.LLM(...)` takes, without importing vLLM. Files are in the system's cache, the checkpoint's as they have just been
-written, those of libraries as one layer of the model is started before with each method, which does not count: --evict
-has every start read the checkpoint from the disk.
+after the other, with qwantize and without, without and with, and so on, each in a process of its own: an even number of
+starts, with --fresh, favours neither. The first start of either finds no compiled kernel; later ones find what the
+first has left, but with --fresh. "ready" is the time that `vllm.LLM(...)` takes, without importing vLLM. Files are in
+the system's cache, the checkpoint's as they have just been written, those of libraries as one layer of the model is
+started before with each method, which does not count: --evict has every start read the checkpoint from the disk.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main(
             failed = sum(_try(method, 0, True, layer, work, options) is None for method in METHODS)
         done: list[Start] = []
         for number in range(1, starts + 1):
-            # There and back: what gets faster from start to start favours neither.
+            # There and back: what comes later finds more in the system's cache.
             for method in METHODS if number % 2 else reversed(METHODS):
                 if evict:
                     _evict(checkpoint)

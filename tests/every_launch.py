@@ -120,6 +120,24 @@ def mixture(count: int, top_k: int, hidden: int, intermediate: int, total: int |
     compare(f"{count} of {total} experts", ExpertKernels(w13, w2, top_k, HALF, "silu"), served)
 
 
+def shapes_of_both_products() -> None:
+    """With many tokens each product of Mixtral's experts has a shape of its own, by the pairs expected here."""
+    cases = {(8, 256): [3, 2], (8, 2048): [3, 3], (32, 2048): [3, 2], (32, 8192): [3, 3]}
+    for (total, tokens), groups in cases.items():
+        w13, w2 = experts(28672, 4096, True, 8, total), experts(4096, 14336, False, 8, total)
+        launched: list[int] = []
+
+        def note(kernel: Any, grid: Any, *given: Any, launched: list[int] = launched, **constants: Any) -> None:
+            if kernel is gluon_grouped._grouped_wgmma_kernel:
+                launched.append(constants["GROUPS"])
+
+        ids = torch.zeros(tokens, 2, dtype=torch.int32)
+        x = torch.empty(tokens, 4096, dtype=HALF)
+        backends.run_experts(x, w13, w2, ids.float(), ids, "silu", launch=note)
+        assert launched == groups, (total, tokens, launched)
+    print("both products", len(cases))
+
+
 if __name__ == "__main__":
     driver.set_active(Driver())
     pretend_hopper()
@@ -131,3 +149,4 @@ if __name__ == "__main__":
     mixture(8, 2, 256, 256)
     mixture(64, 6, 128, 64)
     mixture(8, 6, 128, 64, 64)
+    shapes_of_both_products()

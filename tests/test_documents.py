@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Where a path in a document may begin.
-PLACES = [ROOT, ROOT / "qwantize_vllm"]
+FOLDERS = ["configs", "docs", "qwantize_vllm", "scripts", "serve_examples", "tests"]
+FILES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
 
 
 def text_of(document: Path) -> str:
@@ -37,9 +37,10 @@ def broken_links(document: Path) -> list[str]:
 
 
 def missing_files(document: Path) -> list[str]:
-    """Of the paths that begin a piece of code: those in folders, and scripts."""
-    paths = re.findall(r"(?<!\w)((?:[\w.-]+/)+[\w-]+\.(?:py|yaml|sh))(?!\w)", document.read_text())
-    return [path for path in paths if not any((place / path).exists() for place in PLACES)]
+    """Of the names of files, with folders or without, those that no file's path ends with; links aside."""
+    text = re.sub(r"\]\([^)]*\)", "]", document.read_text())
+    names = re.findall(r"(?<![\w/.-])((?:[\w.-]+/)*[\w-]+\.(?:py|yaml|sh|md))(?!\w)", text)
+    return [name for name in names if not any(path.as_posix().endswith(f"/{name}") for path in [*DOCUMENTS, *FILES])]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -48,12 +49,16 @@ def test_links_and_files_are_there(document):
     assert missing_files(document) == []
 
 
+def test_there_are_documents_in_their_folder():
+    assert len(DOCUMENTS) > 2
+
+
 def test_what_is_not_there_is_found(tmp_path):
     document = tmp_path / "document.md"
     document.write_text(
         "# A title: `code` and more\n[a](#a-title-code-and-more) [b](#b) [c](document.md) [d](other.md)\n"
         "```\n# no heading\n```\n[e](#no-heading) [f](https://example.com/none#g)\n"
-        "`scripts/load_time.py` `scripts/no.py`"
+        "`scripts/load_time.py` `scripts/no.py` `load_time.py` `no.py` `e2e/load_time.py`"
     )
     assert broken_links(document) == ["#b", "other.md", "#no-heading"]
-    assert missing_files(document) == ["scripts/no.py"]
+    assert missing_files(document) == ["scripts/no.py", "no.py", "e2e/load_time.py"]

@@ -40,6 +40,7 @@ def test_what_is_launched_ahead_is_what_any_number_of_tokens_takes():
         "8 of 8 experts",
         "64 of 64 experts",
         "8 of 64 experts",
+        "both products",
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import pytest
@@ -118,8 +117,8 @@ def test_shapes_are_those_for_the_pairs_that_experts_here_will_have(monkeypatch,
 
     monkeypatch.setattr(triton_grouped, "choose_grouped", choose)
     x, w13, w2, weights, ids = make(kernel_device("interpreted"), 9, 8, 2, 64, 64, torch.float16)
-    here = [dataclasses.replace(each, total=total) for each in swizzled(w13, w2)]
-    y = run_experts(x, *here, weights, ids, "silu")
+    kept = [[each.words, each.scales, each.global_scales] for each in swizzled(w13, w2)]
+    y = experts_swizzled_op(x, *kept, weights, ids, "silu", 64, 64, 16, total, "auto")
     assert asked == [(18 if total == 8 else 5, 8)]
     assert relative_error(y, exact(x, w13, w2, weights, ids)) < tolerance("cpu", torch.float16)
 

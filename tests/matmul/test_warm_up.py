@@ -109,6 +109,8 @@ def test_experts_that_are_not_alike():
     assert one.kind == dataclasses.replace(one).kind
     for change in ({"top_k": 3}, {"dtype": torch.float16}, {"activation": "gelu"}):
         assert one.kind != dataclasses.replace(one, **change).kind
+    first, second = (dataclasses.replace(each, total=8) for each in swizzled(w13, w2))
+    assert one.kind != ExpertKernels(first, second, 2, HALF, "silu").kind, "other shapes serve as many tokens"
     _, more, others, *_ = make_experts("cpu", 1, 5, 2, 64, 96, HALF)
     assert one.kind != ExpertKernels(*swizzled(more, others), 2, HALF, "silu").kind
 
