@@ -114,8 +114,10 @@ class MarlinExperts:
         return y
 
 
-def marlin_experts(w13: Tensors, w2: Tensors, dtype: torch.dtype) -> Any:
-    """(x, weights, ids of the experts of each token) -> the result, outside of a model, all experts on this GPU.
+def marlin_experts(w13: Tensors, w2: Tensors, dtype: torch.dtype, expert_map: torch.Tensor | None = None) -> Any:
+    """(x, weights, ids of the experts of each token) -> the result, outside of a model.
+
+    expert_map: None where all experts are here, else int32 by ids: the number of each here, -1 for those elsewhere.
 
     Raises:
         ValueError: the kernel cannot run here.
@@ -126,16 +128,18 @@ def marlin_experts(w13: Tensors, w2: Tensors, dtype: torch.dtype) -> Any:
         raise ValueError(reason)
     layer: Any = torch.nn.Module()
     experts = MarlinExperts()
-    layer.num_experts = layer.global_num_experts = w13[0].shape[0]
+    layer.num_experts = w13[0].shape[0]
+    layer.global_num_experts = layer.num_experts if expert_map is None else len(expert_map)
     layer.hidden_size, layer.intermediate_size_per_partition = w2[0].shape[1], 2 * w2[0].shape[2]
-    layer.activation, layer.expert_map = MoEActivation.SILU, None
+    layer.activation, layer.expert_map = MoEActivation.SILU, expert_map
     kept = experts.prepare(layer, w13, w2, dtype)
     return lambda x, weights, ids: experts.apply(layer, x, kept["w13"], kept["w2"], weights, ids)
 
 
-def dense_experts(w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> Any:
+def dense_experts(w13: Nvfp4Tensor, w2: Nvfp4Tensor, expert_map: torch.Tensor | None = None) -> Any:
     """As `marlin_experts`, with the dequantized weights in bfloat16."""
     from vllm.model_executor.layers.fused_moe import fused_experts
 
     a, b = w13.dequantize(torch.bfloat16), w2.dequantize(torch.bfloat16)
-    return lambda x, weights, ids: fused_experts(x, a, b, weights, ids)
+    elsewhere = {} if expert_map is None else {"expert_map": expert_map, "global_num_experts": len(expert_map)}
+    return lambda x, weights, ids: fused_experts(x, a, b, weights, ids, **elsewhere)

@@ -45,6 +45,23 @@ def test_figures_and_errors_are_printed_and_written(tmp_path):
     assert "tiny" in result.output
 
 
+def test_one_of_several_ranks_has_its_part_of_the_experts(tmp_path):
+    result = run(tmp_path, "--tokens", "1", "--tokens", "40", "--ranks", "4")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "moe.json").read_text())
+    assert record["ranks"] == 4
+    assert all(cell["error"] < 1e-2 for cell in record["cells"])
+    assert "the experts of one of 4 ranks" in result.output
+    # As far from float64 as others are, where tokens have experts here.
+    assert all(cell["error"] > 0 for cell in record["cells"] if cell["tokens"] == 40)
+
+
+def test_ranks_that_do_not_divide_the_experts_are_refused(tmp_path):
+    result = run(tmp_path, "--ranks", "3")
+    assert result.exit_code == 2
+    assert "--ranks must divide the 8 experts of tiny, got 3" in result.output
+
+
 def test_a_machine_that_gets_slower_and_slower_favours_nobody(monkeypatch):
     timed = itertools.count(1)
     monkeypatch.setattr(moe, "time_call", lambda calls, device: Timing(1e-6 * next(timed), "wall clock"))

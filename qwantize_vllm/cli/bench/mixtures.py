@@ -33,20 +33,38 @@ MIXTURES = {
 }
 
 
-def random_experts(mixture: Mixture, device: torch.device) -> tuple[Nvfp4Tensor, Nvfp4Tensor]:
-    """w13 (experts, 2 * intermediate, hidden) and w2 (experts, hidden, intermediate), from bfloat16."""
+def random_experts(mixture: Mixture, device: torch.device, ranks: int = 1) -> tuple[Nvfp4Tensor, Nvfp4Tensor]:
+    """w13 (E, 2 * intermediate, hidden) and w2 (E, hidden, intermediate), from bfloat16: of all experts, or of those
+    that one of several ranks has."""
     shapes = (2 * mixture.intermediate, mixture.hidden), (mixture.hidden, mixture.intermediate)
     w13, w2 = (
-        quantize_nvfp4(random_weight((mixture.experts, *shape), torch.bfloat16, device), "naive") for shape in shapes
+        quantize_nvfp4(random_weight((mixture.experts // ranks, *shape), torch.bfloat16, device), "naive")
+        for shape in shapes
     )
     return w13, w2
 
 
-def swizzled_experts(w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> tuple[SwizzledExperts, SwizzledExperts]:
-    """Both weights as the grouped kernels read them, in memory of their own."""
-    first, second = plain_copy(w13), plain_copy(w2)
-    size = w13.block_size
-    return swizzle_experts(*first, size, gated=True), swizzle_experts(*second, size, gated=False)
+def swizzled_experts(
+    w13: Nvfp4Tensor, w2: Nvfp4Tensor, total: int | None = None
+) -> tuple[SwizzledExperts, SwizzledExperts]:
+    """Both weights as the grouped kernels read them, in memory of their own; total: see `swizzle_experts`."""
+    first, second = (
+        swizzle_experts(*plain_copy(q), q.block_size, gated=gated, total=total)
+        for q, gated in ((w13, True), (w2, False))
+    )
+    return first, second
+
+
+def expert_map(mixture: Mixture, device: torch.device, ranks: int) -> torch.Tensor | None:
+    """int32 (experts,), as vLLM has it: the number of each expert on the first rank, -1 for those of others; None where
+    there is one rank."""
+    numbers = torch.arange(mixture.experts, dtype=torch.int32, device=device)
+    return None if ranks == 1 else torch.where(numbers < mixture.experts // ranks, numbers, -1)
+
+
+def local_ids(ids: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """As `GroupedForm` has them; places: of `expert_map`."""
+    return ids if places is None else places[ids.long()]
 
 
 def plain_copy(q: Nvfp4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

