@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from qwantize_vllm import __version__
+from qwantize_vllm.plugin.fingerprint import sources_fingerprint
 from qwantize_vllm.settings import QwantizeSettings
 
 METHOD = "qwantize"
@@ -35,8 +35,8 @@ class QwantizeBaseConfig(QuantizationConfig):
 
 
 def add_to_compile_key(additional: Any, settings: QwantizeSettings, **more: Any) -> None:
-    """Make the settings part of the key of vLLM's compile cache, which knows none of our sources but
-    additional_config."""
+    """Make the settings and our sources part of the key of vLLM's compile cache, which knows additional_config alone of
+    both: a graph compiled before an update would call operators that may be others since."""
     if isinstance(additional, dict):
         resolved = settings.model_dump(mode="json", exclude={"cache_dir"})
-        additional[f"{METHOD}_resolved"] = {"version": __version__, **more, **resolved}
+        additional[f"{METHOD}_resolved"] = {"sources": sources_fingerprint(), **more, **resolved}

@@ -1,10 +1,15 @@
-"""By what a model is recognized: its architecture and sizes, not its name, precision or quantization."""
+"""By what a model is recognized, its architecture and sizes, not its name, precision or quantization; and by what this
+package is."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
+
+import qwantize_vllm
 
 _NOT_OF_THE_MODEL = {
     "_name_or_path",
@@ -19,3 +24,12 @@ def config_fingerprint(hf_config: Any) -> str:
     """16 hexadecimal digits of a transformers config."""
     values = {key: value for key, value in hf_config.to_dict().items() if key not in _NOT_OF_THE_MODEL}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def sources_fingerprint(folder: Path = Path(qwantize_vllm.__file__).parent) -> str:
+    """16 hexadecimal digits of a package's Python files. Between two versions they change too: in a clone."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(json.dumps([file.relative_to(folder).as_posix(), file.read_text()]).encode())
+    return digest.hexdigest()[:16]
