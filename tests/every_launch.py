@@ -1,9 +1,9 @@
-"""Compare the kernels that are launched ahead with those that any number of tokens takes on Hopper; needs no GPU.
+"""Compare the kernels that are launched ahead with those that any number of tokens takes; needs no GPU.
 
     python -m tests.every_launch
 
 A program of its own because TRITON_INTERPRET, which the tests set, must be unset when triton is imported. Prints of how
-many kernels, by what Triton compiles apart, it was all of them.
+many kernels, by what Triton compiles apart, it was all of them: for Hopper, and for a GPU that has no table of shapes.
 """
 
 from __future__ import annotations
@@ -17,11 +17,20 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
-from qwantize_vllm.matmul import backends, every_kernel, gluon_grouped, gluon_wgmma, op, triton_grouped, triton_swizzled
+from qwantize_vllm.matmul import (
+    backends,
+    every_kernel,
+    gluon_grouped,
+    gluon_wgmma,
+    op,
+    triton_grouped,
+    triton_swizzled,
+    triton_unswizzle,
+)
 from qwantize_vllm.matmul.every_kernel import ExpertKernels, Kernels, LinearKernels
 from qwantize_vllm.matmul.grouped_shapes import WGMMA_PAIRS
 from qwantize_vllm.matmul.normed import AddedNorm
-from qwantize_vllm.matmul.tile_shapes import DecodeShape, choose_normed_shape
+from qwantize_vllm.matmul.tile_shapes import DecodeShape, choose_normed_shape, choose_shape
 from qwantize_vllm.triton_launch import launch_now
 from tests.replay_launches import Driver, experts, weight
 
@@ -29,18 +38,22 @@ HALF = torch.bfloat16
 TOKENS = [*range(1, 140), *range(140, 9000, 61)]
 
 
-def pretend_hopper() -> None:
-    """Tensors are in the CPU's memory; what asks for their device is told of a GPU."""
+def pretend(major: int) -> None:
+    """Tensors are in the CPU's memory; what asks for their device is told of a GPU of this compute capability."""
+    hopper = major == 9
     for module in (backends, every_kernel, triton_grouped):
-        module.capability_major = lambda device: 9  # type: ignore[attr-defined]
+        module.capability_major = lambda device: major  # type: ignore[attr-defined]
     for other in (gluon_wgmma, triton_grouped, triton_swizzled, gluon_grouped):
         other.multiprocessors = lambda device: 132  # type: ignore[attr-defined]
-    choose = backends.choose_shape
-    backends.choose_shape = lambda major, m, groups, tiles, gluon, *rest: choose(major, m, groups, tiles, True, *rest)
-    backends.serves_by_wgmma = every_kernel.serves_by_wgmma = lambda *given: True
+    backends.choose_shape = lambda major, m, groups, tiles, gluon, *rest: choose_shape(
+        major, m, groups, tiles, hopper, *rest
+    )
+    backends.serves_by_wgmma = every_kernel.serves_by_wgmma = lambda *given: hopper
     op.one_kernel = every_kernel.one_kernel = normed_shape
     backends.BACKENDS["fused"] = backends.BACKENDS["reference"]  # what asks whether x is on a GPU
     gluon_wgmma.area_of_stream = lambda device, words: torch.empty(words, dtype=torch.int32)
+    # A dense product of many tokens, which vLLM's first run has: it does not interest here.
+    triton_unswizzle.matmul_unswizzled = lambda x, weight, bias: x
 
 
 def normed_shape(x: torch.Tensor, norm: AddedNorm, n: int, block_size: int, gated: bool) -> DecodeShape | None:
@@ -140,7 +153,7 @@ def shapes_of_both_products() -> None:
 
 if __name__ == "__main__":
     driver.set_active(Driver())
-    pretend_hopper()
+    pretend(9)
     products(256, 1024)
     products(4096, 4096)
     other_products(136, 1040)
@@ -150,3 +163,8 @@ if __name__ == "__main__":
     mixture(64, 6, 128, 64)
     mixture(8, 6, 128, 64, 64)
     shapes_of_both_products()
+    pretend(8)
+    products(4096, 4096)
+    other_products(136, 1040)
+    mixture(8, 2, 256, 256)
+    mixture(8, 6, 128, 64, 64)

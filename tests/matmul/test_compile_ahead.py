@@ -41,6 +41,10 @@ def test_what_is_launched_ahead_is_what_any_number_of_tokens_takes():
         "64 of 64 experts",
         "8 of 64 experts",
         "both products",
+        "4096x4096",
+        "136x1040 others",
+        "8 of 8 experts",
+        "8 of 64 experts",
     ]
 
 
