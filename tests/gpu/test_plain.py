@@ -52,7 +52,8 @@ def test_a_linear_layer() -> None:
 def test_experts() -> None:
     w13, w2 = of_shape(3, 1, 2 * 48, 80, seed=1), of_shape(3, 1, 80, 48, seed=2)
     quantized = QuantizedExperts(w13, w2, torch.bfloat16)
-    of_model = {"moe_config": types.SimpleNamespace(experts_per_token=2), "activation": MoEActivation.SILU}
+    moe = types.SimpleNamespace(experts_per_token=2)
+    of_model = {"moe_config": moe, "activation": MoEActivation.SILU, "global_num_experts": 3}
     tensors = plain_tensors(model_with("experts", GroupedForm(quantized), quantized, **of_model))["tensors"]
     for name, q in {"w13": w13, "w2": w2}.items():
         one_each = Nvfp4Tensor(q.codes[:, 0], q.block_scales[:, 0], q.global_scale[:, 0], q.block_size)
