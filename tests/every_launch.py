@@ -136,19 +136,21 @@ def mixture(count: int, top_k: int, hidden: int, intermediate: int, total: int |
 def shapes_of_both_products() -> None:
     """With many tokens each product of Mixtral's experts has a shape of its own, by the pairs expected here."""
     cases = {(8, 256): [3, 2], (8, 2048): [3, 3], (32, 2048): [3, 2], (32, 8192): [3, 3]}
-    for (total, tokens), groups in cases.items():
-        w13, w2 = experts(28672, 4096, True, 8, total), experts(4096, 14336, False, 8, total)
-        launched: list[int] = []
-
-        def note(kernel: Any, grid: Any, *given: Any, launched: list[int] = launched, **constants: Any) -> None:
-            if kernel is gluon_grouped._grouped_wgmma_kernel:
-                launched.append(constants["GROUPS"])
-
-        ids = torch.zeros(tokens, 2, dtype=torch.int32)
-        x = torch.empty(tokens, 4096, dtype=HALF)
-        backends.run_experts(x, w13, w2, ids.float(), ids, "silu", launch=note)
-        assert launched == groups, (total, tokens, launched)
+    assert {case: groups_launched(*case) for case in cases} == cases
     print("both products", len(cases))
+
+
+def groups_launched(total: int, tokens: int) -> list[int]:
+    """Of 64 rows, that a program's tiles have in either product of 8 of Mixtral's experts, of so many."""
+    w13, w2 = experts(28672, 4096, True, 8, total), experts(4096, 14336, False, 8, total)
+    ids, groups = torch.zeros(tokens, 2, dtype=torch.int32), list[int]()
+
+    def note(kernel: Any, grid: Any, *given: Any, **constants: Any) -> None:
+        if kernel is gluon_grouped._grouped_wgmma_kernel:
+            groups.append(constants["GROUPS"])
+
+    backends.run_experts(torch.empty(tokens, 4096, dtype=HALF), w13, w2, ids.float(), ids, "silu", launch=note)
+    return groups
 
 
 if __name__ == "__main__":

@@ -132,6 +132,13 @@ def test_load_time_removes_what_it_has_written(tmp_path, started):
     assert not list(tmp_path.iterdir())
 
 
+def test_load_time_starts_there_and_back(tmp_path, monkeypatch):
+    starts = []
+    monkeypatch.setattr(load_time, "_try", lambda method, number, *rest: starts.append((number, method)))
+    time_load(tmp_path, "--starts", "2")
+    assert starts[2:] == [(1, "qwantize"), (1, "bf16"), (2, "bf16"), (2, "qwantize")]
+
+
 def test_load_time_keeps_what_it_is_to_keep_and_uses_it(tmp_path, started):
     assert time_load(tmp_path, "--keep")[0] == 1
     (path,) = tmp_path.iterdir()

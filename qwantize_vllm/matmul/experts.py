@@ -80,6 +80,14 @@ def swizzle_experts(
     return SwizzledExperts(torch.cat(words), torch.cat(scales), global_scales, shape, block_size, gated, total)
 
 
+def local_ids(ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """Numbers of the experts that are here, -1 for those of other ranks; ids: of all experts, of any shape.
+
+    expert_map: int (all experts,), the number of each here, or -1; None where all are here.
+    """
+    return ids if expert_map is None else expert_map[ids.long()]
+
+
 def in_turn(n: int) -> torch.Tensor:
     """Where row i of (8 rows of gate, 8 of up, 8 of gate, ...) is in (gate, up): int64 (n,)."""
     return torch.arange(n, dtype=torch.int64, device="cpu").view(2, -1, _TURN).transpose(0, 1).reshape(-1)

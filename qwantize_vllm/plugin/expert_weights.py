@@ -16,7 +16,7 @@ from vllm.model_executor.utils import replace_parameter
 
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.every_kernel import ExpertKernels
-from qwantize_vllm.matmul.experts import swizzle_experts
+from qwantize_vllm.matmul.experts import local_ids, swizzle_experts
 from qwantize_vllm.matmul.op import experts_op, experts_swizzled_op
 from qwantize_vllm.plugin.invariance import plain_backend, swizzled_backend
 from qwantize_vllm.plugin.kernels_ahead import prepare_kernels
@@ -94,7 +94,7 @@ class PlainExpertForm:
     def apply(
         self, layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
-        ids, activation = local_ids(layer, topk_ids), layer.activation.value
+        ids, activation = local_ids(topk_ids, layer.expert_map), layer.activation.value
         w13, w2 = _parts(layer, "w13"), _parts(layer, "w2")
         return experts_op(x, w13, w2, topk_weights, ids, activation, self.block_size, self.backend)
 
@@ -126,7 +126,7 @@ class GroupedForm:
     def apply(
         self, layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
-        ids, activation = local_ids(layer, topk_ids), layer.activation.value
+        ids, activation = local_ids(topk_ids, layer.expert_map), layer.activation.value
         w13, w2 = self.parts(layer, "w13"), self.parts(layer, "w2")
         x = x if x.stride(-1) == 1 else x.contiguous()
         rest = (self.intermediate, self.out, self.block_size, layer.global_num_experts, swizzled_backend())
@@ -152,11 +152,6 @@ class MarlinForm:
         self, layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
         return self.kernel.apply(layer, x, _parts(layer, "w13"), _parts(layer, "w2"), topk_weights, topk_ids)
-
-
-def local_ids(layer: RoutedExperts, topk_ids: torch.Tensor) -> torch.Tensor:
-    """Numbers of this rank's experts; -1 for those of others."""
-    return topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
 
 
 def _replace(layer: RoutedExperts, weights: dict[str, Any]) -> int:

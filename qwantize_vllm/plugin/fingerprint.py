@@ -3,7 +3,6 @@ package is."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from pathlib import Path
@@ -26,9 +25,8 @@ def config_fingerprint(hf_config: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-@functools.cache
 def sources_fingerprint(folder: Path = Path(qwantize_vllm.__file__).parent) -> str:
-    """16 hexadecimal digits of a package's Python files. Between two versions they change too: in a clone."""
+    """16 hexadecimal digits of a package's Python files, which in a clone change between two versions too."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         digest.update(json.dumps([file.relative_to(folder).as_posix(), file.read_text()]).encode())

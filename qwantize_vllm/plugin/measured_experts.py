@@ -15,8 +15,8 @@ from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodB
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 
 from qwantize_vllm.hessian import BlockHessianSum
+from qwantize_vllm.matmul.experts import local_ids
 from qwantize_vllm.matmul.experts_cpu import Observe, experts_one_by_one
-from qwantize_vllm.plugin.expert_weights import local_ids
 from qwantize_vllm.plugin.moe import (
     WEIGHTS,
     QwantizeMoEMethod,
@@ -74,7 +74,7 @@ class MeasuredExperts(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x, topk_weights = weighted_input(layer, x, topk_weights)
-        ids, activation = local_ids(layer, topk_ids), layer.activation.value
+        ids, activation = local_ids(topk_ids, layer.expert_map), layer.activation.value
         multiply = torch.nn.functional.linear
         w13, w2 = layer.w13_weight, layer.w2_weight
         return experts_one_by_one(x, [w13], w2, topk_weights, ids, activation, multiply, self.observe)

@@ -17,7 +17,6 @@ from qwantize_vllm.matmul.op import experts_op, experts_swizzled_op
 from qwantize_vllm.matmul.reference import matmul_reference
 from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS
 from qwantize_vllm.matmul.wgmma_shapes import STEPS
-from tests.devices import kernel_device
 from tests.matmul.test_matmul import INTERPRETED_BFLOAT16, TOLERANCE, relative_error
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -104,7 +103,7 @@ def test_one_by_one_against_float64(dtype, activation):
 
 
 @pytest.mark.parametrize("total", [8, 32])
-def test_shapes_are_those_for_the_pairs_that_experts_here_will_have(monkeypatch, total):
+def test_shapes_are_those_for_the_pairs_that_experts_here_will_have(kernel_on, monkeypatch, total):
     """On one of four ranks that is a quarter of all, and the product is the same."""
     pytest.importorskip("triton")
     from qwantize_vllm.matmul import triton_grouped
@@ -116,11 +115,11 @@ def test_shapes_are_those_for_the_pairs_that_experts_here_will_have(monkeypatch,
         return choose_grouped(major, pairs, experts)
 
     monkeypatch.setattr(triton_grouped, "choose_grouped", choose)
-    x, w13, w2, weights, ids = make(kernel_device("interpreted"), 9, 8, 2, 64, 64, torch.float16)
+    x, w13, w2, weights, ids = make(kernel_on, 9, 8, 2, 64, 64, torch.float16)
     kept = [[each.words, each.scales, each.global_scales] for each in swizzled(w13, w2)]
     y = experts_swizzled_op(x, *kept, weights, ids, "silu", 64, 64, 16, total, "auto")
     assert asked == [(18 if total == 8 else 5, 8)]
-    assert relative_error(y, exact(x, w13, w2, weights, ids)) < tolerance("cpu", torch.float16)
+    assert relative_error(y, exact(x, w13, w2, weights, ids)) < tolerance(kernel_on, torch.float16)
 
 
 def op_arguments(device, tokens=5):

@@ -55,18 +55,6 @@ def swizzled_experts(
     return first, second
 
 
-def expert_map(mixture: Mixture, device: torch.device, ranks: int) -> torch.Tensor | None:
-    """int32 (experts,), as vLLM has it: the number of each expert on the first rank, -1 for those of others; None where
-    there is one rank."""
-    numbers = torch.arange(mixture.experts, dtype=torch.int32, device=device)
-    return None if ranks == 1 else torch.where(numbers < mixture.experts // ranks, numbers, -1)
-
-
-def local_ids(ids: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
-    """As `GroupedForm` has them; places: of `expert_map`."""
-    return ids if places is None else places[ids.long()]
-
-
 def plain_copy(q: Nvfp4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, block scales and global scales (experts, 1), copied: so that each call has weights of its own."""
     return q.codes.clone(), q.block_scales.clone(), q.global_scale[:, None].clone()

@@ -19,8 +19,6 @@ from qwantize_vllm.cli.bench.machine import device_name, versions
 from qwantize_vllm.cli.bench.mixtures import (
     MIXTURES,
     Inputs,
-    expert_map,
-    local_ids,
     plain_copy,
     random_experts,
     random_inputs,
@@ -29,6 +27,7 @@ from qwantize_vllm.cli.bench.mixtures import (
 from qwantize_vllm.cli.bench.options import DEFAULT_OUT, Device, choose_device, make_directory, on_device, one_of
 from qwantize_vllm.cli.bench.output import digits, make_table
 from qwantize_vllm.format import Nvfp4Tensor
+from qwantize_vllm.matmul.experts import local_ids
 from qwantize_vllm.matmul.experts_cpu import experts_one_by_one
 from qwantize_vllm.matmul.op import experts_op, experts_swizzled_op
 from qwantize_vllm.plugin import vllm_experts
@@ -37,7 +36,7 @@ from qwantize_vllm.plugin import vllm_experts
 LARGEST_RELATIVE_ERROR = 5e-3
 _CHECKED_TOKENS = 8
 _Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of Inputs
-_Prepare = Callable[[Nvfp4Tensor, Nvfp4Tensor, torch.Tensor | None], _Run]  # of w13, w2 and `expert_map`
+_Prepare = Callable[[Nvfp4Tensor, Nvfp4Tensor, torch.Tensor | None], _Run]  # of w13, w2 and an expert map
 _GPU_TOKENS, _CPU_TOKENS = [1, 4, 16, 64, 256, 1024, 4096], [1, 16]
 
 
@@ -109,7 +108,8 @@ def _measure(names: list[str], numbers: list[int], device: torch.device, ranks: 
         competitors = {"bf16": vllm_experts.dense_experts, "marlin": _marlin, "ours": _ours}
     for name in names:
         mixture = MIXTURES[name]
-        weights, places = random_experts(mixture, device, ranks), expert_map(mixture, device, ranks)
+        weights = random_experts(mixture, device, ranks)
+        places = vllm_experts.first_rank_map(mixture.experts, ranks, device) if ranks > 1 else None
         entrants = [_Entrant(competitor, prepare, weights, places) for competitor, prepare in competitors.items()]
         for m in tqdm(numbers, desc=name, disable=None):
             inputs = random_inputs(mixture, m, device)
