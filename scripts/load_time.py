@@ -7,8 +7,9 @@ Writes a checkpoint of random weights (16 GB for llama-3-8b; gone at the end, un
 after the other, with qwantize and without, without and with, and so on, each in a process of its own: an even number of
 starts, with --fresh, favours neither. The first start of either finds no compiled kernel; later ones find what the
 first has left, but with --fresh. "ready" is the time that `vllm.LLM(...)` takes, without importing vLLM. Files are in
-the system's cache, the checkpoint's as they have just been written, those of libraries as one layer of the model is
-started before with each method, which does not count: --evict has every start read the checkpoint from the disk.
+the system's cache, the checkpoint's as they have just been written (and are on the disk), those of libraries as one
+layer of the model is started before with each method, which does not count (--skip-one-layer where they have just been
+read): --evict has every start read the checkpoint from the disk.
 """
 
 from __future__ import annotations
@@ -71,6 +72,9 @@ def main(
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Have no start find what an earlier one compiled.")] = False,
     evict: Annotated[bool, typer.Option("--evict", help="Have files read from the disk.")] = False,
+    skip_one_layer: Annotated[
+        bool, typer.Option("--skip-one-layer", help="No starts before: the files of libraries have just been read.")
+    ] = False,
     eager: Annotated[bool, typer.Option("--eager", help="Without torch.compile and CUDA graphs.")] = False,
     utilization: Annotated[float, typer.Option(help="vLLM's gpu_memory_utilization.")] = 0.9,
     out: Annotated[Path | None, typer.Option(help="Also write the figures as JSON, after every start.")] = None,
@@ -81,8 +85,7 @@ def main(
         raise typer.BadParameter(str(error)) from None
     options = {"enforce_eager": eager, "gpu_memory_utilization": utilization, "max_model_len": 2048}
     with _work_folder(folder) as work, _checkpoint(work, shape, config, keep) as checkpoint:
-        with _one_layer(shape, work) as layer:
-            failed = sum(_try(method, 0, True, layer, work, options) is None for method in METHODS)
+        failed = 0 if skip_one_layer else _start_one_layer(shape, work, options)
         done: list[Start] = []
         for number in range(1, starts + 1):
             # There and back: what comes later finds more in the system's cache.
@@ -135,16 +138,16 @@ def _checkpoint(work: Path, shape: str, config: dict[str, Any], keep: bool) -> I
 def _write(checkpoint: Path, config: dict[str, Any]) -> None:
     began = time.perf_counter()
     size = write_checkpoint(checkpoint, config)
+    os.sync()  # or the system writes them to the disk during the first starts
     console.print(f"{checkpoint}: {size / GIB:.2f} GiB written in {time.perf_counter() - began:.1f} s")
 
 
-@contextlib.contextmanager
-def _one_layer(shape: str, work: Path) -> Iterator[Path]:
-    """To be started so that no first start pays for what others find in the system's cache."""
+def _start_one_layer(shape: str, work: Path, options: dict[str, Any]) -> int:
+    """So that no first start pays for what others find in the system's cache; returns how many of the starts failed."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
         checkpoint = Path(folder) / f"{shape}-one-layer"
         _write(checkpoint, llama_config(shape, 1))
-        yield checkpoint
+        return sum(_try(method, 0, True, checkpoint, work, options) is None for method in METHODS)
 
 
 def _try(method: str, number: int, first: bool, checkpoint: Path, work: Path, options: dict[str, Any]) -> Start | None:

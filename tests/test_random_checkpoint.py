@@ -136,7 +136,11 @@ def test_load_time_starts_there_and_back(tmp_path, monkeypatch):
     starts = []
     monkeypatch.setattr(load_time, "_try", lambda method, number, *rest: starts.append((number, method)))
     time_load(tmp_path, "--starts", "2")
-    assert starts[2:] == [(1, "qwantize"), (1, "bf16"), (2, "bf16"), (2, "qwantize")]
+    measured = [(1, "qwantize"), (1, "bf16"), (2, "bf16"), (2, "qwantize")]
+    assert starts == [(0, "qwantize"), (0, "bf16"), *measured]
+    starts.clear()
+    time_load(tmp_path, "--starts", "2", "--skip-one-layer")
+    assert starts == measured
 
 
 def test_load_time_keeps_what_it_is_to_keep_and_uses_it(tmp_path, started):
