@@ -52,9 +52,9 @@ def _rules(major: int | None) -> tuple[GroupedRule, ...]:
 
 
 # From so many pairs an expert on, on average, the kernel of gluon_grouped.py serves. On an H200, in the shapes chosen
-# below, it took 588 us where the rules above take 647 (8 experts of Mixtral's shape with 64 pairs each), 1,063 and 1,075
-# (128 each), 1,443 and 1,672 (256); for 128 of Qwen3-30B-A3B's 291 and 289 (64 each), 496 and 485 (128; 452 in the best
-# shapes). With 16 the rules take 22 to 35 % less.
+# below, it took 588 us where the rules above take 647 (8 experts of Mixtral's shape with 64 pairs each), 1,063 and
+# 1,075 (128 each), 1,443 and 1,672 (256); for 128 of Qwen3-30B-A3B's 291 and 289 (64 each), 496 and 485 (128; 452 in
+# the best shapes). With 16 the rules take 22 to 35 % less.
 # `python scripts/tune_experts.py` says it of the GPU at hand.
 WGMMA_PAIRS = 64
 # Both products share a plan, so their tiles have as many tokens. With 64 the weights of most such experts are
