@@ -57,8 +57,8 @@ def _rules(major: int | None) -> tuple[GroupedRule, ...]:
 # the best shapes). With 16 the rules take 22 to 35 % less.
 # `python scripts/tune_experts.py` says it of the GPU at hand.
 WGMMA_PAIRS = 64
-# Both products share a plan, so their tiles have as many tokens. With 64 the weights of most such experts are
-# dequantized more than once (1 % faster for Qwen's with 64 pairs each, slower elsewhere); with 256 much is empty.
+# Both products share a plan, so their tiles have as many tokens. Others are the best in places (256 for Mixtral's with
+# 128 pairs each, 941 us; 64 for Qwen's with 64 each, 286 us) and up to 57 % slower than those of 128 in others.
 GROUPED_WGMMA_SHAPES = [shape for shape in STEPS if shape.tokens == 128]
 # Tokens are not spread evenly over experts: the number of tiles may differ by so much from what is expected. A guess:
 # with random routing its standard deviation is up to 7 % (8 experts, 128 pairs each).

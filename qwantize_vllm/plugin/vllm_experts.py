@@ -137,11 +137,13 @@ def marlin_experts(w13: Tensors, w2: Tensors, dtype: torch.dtype, expert_map: to
 
 
 def first_rank_map(experts: int, ranks: int, device: torch.device) -> torch.Tensor | None:
-    """vLLM's expert map of the first of so many ranks, as `local_ids` takes it; None for one rank."""
+    """vLLM's expert map of the first of so many ranks, as `local_ids` takes it; None for one rank, without vLLM too."""
+    if ranks == 1:
+        return None
     from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
 
     _, places, _ = determine_expert_map(ranks, 0, experts)
-    return None if places is None else places.to(device)
+    return places.to(device)
 
 
 def dense_experts(w13: Nvfp4Tensor, w2: Nvfp4Tensor, expert_map: torch.Tensor | None = None) -> Any:

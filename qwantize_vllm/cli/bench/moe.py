@@ -109,7 +109,7 @@ def _measure(names: list[str], numbers: list[int], device: torch.device, ranks: 
     for name in names:
         mixture = MIXTURES[name]
         weights = random_experts(mixture, device, ranks)
-        places = vllm_experts.first_rank_map(mixture.experts, ranks, device) if ranks > 1 else None
+        places = vllm_experts.first_rank_map(mixture.experts, ranks, device)
         entrants = [_Entrant(competitor, prepare, weights, places) for competitor, prepare in competitors.items()]
         for m in tqdm(numbers, desc=name, disable=None):
             inputs = random_inputs(mixture, m, device)
