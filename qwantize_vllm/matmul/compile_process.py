@@ -19,13 +19,13 @@ import importlib
 import json
 import logging
 import os
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
+
+from qwantize_vllm.module_process import run_module
 
 # One of vLLM's loggers where there is vLLM.
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -36,7 +36,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 _MOST_THREADS = 4
 _PATIENCE = 1.0
 _MARK = "qwantize-compiled"
-_NICENESS = 5  # loading goes first where there are few cores
+NICENESS = 5  # loading goes first where there are few cores
 _LONGEST_WAIT = 120.0  # of whoever needs the kernels: should a compiler hang, he compiles them himself
 _changed = threading.Condition()  # for what follows
 _waiting: list[Request] = []
@@ -82,18 +82,31 @@ class Request:
     @property
     def done(self) -> bool:
         """Whether Triton's cache has them all from an earlier start."""
-        return self._cache.get_file(_MARK) is not None
+        return is_done(self._what)
 
     def mark_done(self) -> None:
-        self._cache.put("", _MARK, binary=False)
+        mark_done(self._what)
 
     @property
-    def _cache(self) -> Any:
-        import triton
-        from triton.runtime.cache import get_cache_manager
+    def _what(self) -> list[Any]:
+        return [self.kernels, self.sources, self.target]
 
-        key = json.dumps([triton.__version__, self.kernels, self.sources, self.target])
-        return get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+
+def is_done(what: Any) -> bool:
+    """Whether Triton's cache says that this has been compiled, by this version of it; what: all else that it depends
+    on, which JSON can say."""
+    return _marks(what).get_file(_MARK) is not None
+
+
+def mark_done(what: Any) -> None:
+    _marks(what).put("", _MARK, binary=False)
+
+
+def _marks(what: Any) -> Any:
+    import triton
+    from triton.runtime.cache import get_cache_manager
+
+    return get_cache_manager(hashlib.sha256(json.dumps([triton.__version__, what]).encode()).hexdigest())
 
 
 def start_compiling(request: Request) -> threading.Thread | None:
@@ -127,10 +140,8 @@ def wait_for_compiling() -> None:
 def _run() -> None:
     global _compiling
     while requests := _gather():
-        try:
-            _compile_elsewhere(requests)
-        except Exception as error:  # whatever it is, the requests that come next are others
-            tell_failure(f"{type(error).__name__}: {error}")
+        if failed := run_module(__name__, [dataclasses.asdict(request) for request in requests]):
+            tell_failure(failed)
         with _changed:
             _compiling = False
             _changed.notify_all()
@@ -153,23 +164,6 @@ def _gather() -> list[Request]:
             known = len(_waiting)
 
 
-def _compile_elsewhere(requests: list[Request]) -> None:
-    # A file: of a pipe there is no end as long as a fork of this process has it open.
-    with tempfile.TemporaryFile("w+") as file:
-        json.dump([dataclasses.asdict(request) for request in requests], file)
-        file.seek(0)
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", __name__],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            stdin=file,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    if done.returncode:
-        tell_failure(done.stderr[-2000:].strip() or f"their process ended with {done.returncode}")
-
-
 def tell_failure(why: str) -> None:
     logger.info("qwantize: kernels will be compiled as they are launched, not while weights are loaded: %s", why)
 
@@ -187,7 +181,7 @@ def compile_all(file: IO[str]) -> None:
     jobs: dict[tuple[str, ...], Future[None]] = {}  # requests have kernels in common
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         for request in requests:
-            driver.set_active(_Target(GPUTarget(*request.target)))
+            driver.set_active(Target(GPUTarget(*request.target)))
             for kernel in map(tuple, request.kernels):
                 if kernel not in jobs:
                     jobs[kernel] = pool.submit(_compile, request.parent, *kernel)
@@ -207,8 +201,8 @@ def _compile(parent: int, module: str, name: str, specialization: str) -> None:
     build_launcher(getattr(importlib.import_module(module), name).preload(specialization))
 
 
-class _Target:
-    """As much of a driver as compiling asks for, and no GPU."""
+class Target:
+    """As much of a driver as compiling asks for, and no GPU; target: Triton's GPUTarget."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
@@ -219,7 +213,10 @@ class _Target:
     def get_current_device(self) -> int:
         return 0
 
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
 
 if __name__ == "__main__":
-    os.nice(_NICENESS)
+    os.nice(NICENESS)
     compile_all(sys.stdin)

@@ -13,6 +13,7 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.platforms import current_platform
 
 from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.plugin.base_config import METHOD, QwantizeBaseConfig, add_to_compile_key
@@ -37,7 +38,7 @@ class QwantizeConfig(QwantizeBaseConfig):
     """Online NVFP4 quantization of every linear layer and of experts.
 
     vLLM makes one per engine and pickles it to the engine's processes, so until the first layer
-    asks for its method it holds nothing but what was given.
+    asks for its method it holds nothing but what was given, and the settings that this makes.
     """
 
     def __init__(self, given: Mapping[str, Any] | None = None, source: str = _CHECKPOINT) -> None:
@@ -57,7 +58,14 @@ class QwantizeConfig(QwantizeBaseConfig):
         self._report: LoadReport | None = None
         # Additional config is not known yet, nor who named a file; all else is refused here, before an engine starts.
         look_for_files = source != _CHECKPOINT or not any(key in self._given for key in PATHS)
-        resolve_settings({source: self._given, **_environment()}, look_for_files)
+        self._known, _ = resolve_settings({source: self._given, **_environment()}, look_for_files)
+
+    def maybe_update_config(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM calls it once it knows that the GPU is one of ours, long before there is a worker."""
+        if current_platform.is_cuda() and (capability := current_platform.get_device_capability()) is not None:
+            from qwantize_vllm.plugin.search_process import start_search_process
+
+            start_search_process(self._known, capability.to_int())
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, **kwargs: Any) -> Any:

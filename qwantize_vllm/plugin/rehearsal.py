@@ -3,31 +3,25 @@
 The first layer that a process quantizes takes it a second, and with no compiled kernels at hand several: Triton is
 imported, reads all of itself to know its version (half a second; Python's lock is not held meanwhile), compiles or
 loads kernels, and CUDA loads each of PyTorch's that is used for the first time. None of it needs the weights, and
-kernels are compiled at the same time, in threads.
+kernels that no process has compiled before (search_process.py) are compiled at the same time, in threads.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from vllm.logger import init_logger
 
-from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.swizzle import swizzle
-from qwantize_vllm.matmul.triton_launchers import build_launcher
+from qwantize_vllm.plugin.search_kernels import ROWS, THREADS, has_search_kernels, submit_searches
 from qwantize_vllm.search.quality import signal_and_noise
 from qwantize_vllm.search.quantize import GlobalScale, matrix_amax, quantize_nvfp4
 from qwantize_vllm.settings import QwantizeSettings
 
 logger = init_logger(f"vllm.{__name__}")
 
-# Rows of the layer: so many that its sizes are multiples of 16 as those of real ones, for which Triton compiles.
-_ROWS = 1024
-_THREADS = 4  # as many as there are kernels
 _thread: threading.Thread | None = None
 
 
@@ -38,7 +32,7 @@ def begin_rehearsal(settings: QwantizeSettings, k: int, dtype: torch.dtype, devi
     others, is not rehearsed.
     """
     global _thread
-    if _thread is not None or settings.scale_search == "hessian" or device.type != "cuda":
+    if _thread is not None or not has_search_kernels(settings) or device.type != "cuda":
         return
     _thread = threading.Thread(target=_rehearse, args=(settings, k, dtype, device), name="qwantize-rehearsal")
     _thread.start()
@@ -60,7 +54,7 @@ def _rehearse(settings: QwantizeSettings, k: int, dtype: torch.dtype, device: to
         if device.type == "cuda":
             torch.cuda.set_device(device)
         with torch.no_grad():
-            weight = torch.zeros(_ROWS, k, dtype=dtype, device=device)
+            weight = torch.zeros(ROWS, k, dtype=dtype, device=device)
             if device.type == "cuda":
                 compile_together(settings, weight)
             rehearse(settings, weight)
@@ -84,38 +78,14 @@ def compile_together(settings: QwantizeSettings, weight: torch.Tensor) -> None:
     from triton.runtime import driver
     from triton.runtime.cache import triton_key
 
-    from qwantize_vllm.search.triton_quality import signal_and_noise_triton
-    from qwantize_vllm.search.triton_sse import search_sse
-
     # Triton compiles for the current device of a thread.
-    with ThreadPoolExecutor(_THREADS, initializer=torch.cuda.set_device, initargs=(weight.device,)) as pool:
+    with ThreadPoolExecutor(THREADS, initializer=torch.cuda.set_device, initargs=(weight.device,)) as pool:
         # Two that all compilations need, and each thread would make for itself: Triton's version, and meanwhile the
         # driver, a part of which is compiled from C.
         version = pool.submit(triton_key)
         driver.active.get_current_target()
         version.result()
-        jobs: list[Future[None]] = []
-
-        def launch(*launched: Any, **constants: Any) -> None:
-            jobs.append(pool.submit(_compile, *launched, **constants))
-
-        q = _empty_quantized(weight, settings.block_size)
-        search_sse(weight[None], q.global_scale[None], settings.block_size, settings.scale_search == "optimal", launch)
-        signal_and_noise_triton(weight, q, launch)
-        if settings.backend == "auto":
-            swizzle(q, launch)
+        jobs = submit_searches(settings, weight, pool)
         matrix_amax(weight)
         for job in jobs:
             job.result()
-
-
-def _compile(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Into Triton's cache. Nothing is loaded: neither the kernel nor its launcher (matmul/triton_launchers.py)."""
-    build_launcher(kernel.warmup(*arguments, grid=grid, **constants))
-
-
-def _empty_quantized(weight: torch.Tensor, block_size: int) -> Nvfp4Tensor:
-    n, k = weight.shape
-    empty = functools.partial(torch.empty, device=weight.device)
-    scales = empty(n, k // block_size, dtype=torch.float8_e4m3fn)
-    return Nvfp4Tensor(empty(n, k // 2, dtype=torch.uint8), scales, empty((), dtype=torch.float32), block_size)

@@ -125,6 +125,7 @@ class SwizzledForm:
 
     def __init__(self, quantized: QuantizedLayer, fuse_norms: bool) -> None:
         self.rows, self.block_size, self.fuse_norms = sum(quantized.widths), quantized.block_size, fuse_norms
+        self.backend = swizzled_backend()
 
     def keep(self, layer: LinearBase, quantized: QuantizedLayer) -> int:
         weight = swizzle(quantized.whole)
@@ -145,9 +146,10 @@ class SwizzledForm:
         return _replace(layer, weight.words, weight.scales, scale)
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        tensors = (getattr(layer, name) for name in _NAMES)
-        scratch = layer.weight_arrived
-        return matmul_swizzled_op(x, *tensors, scratch, bias, self.rows, self.block_size, swizzled_backend())
+        # Dynamo follows this for every layer: what it would follow into, once more each time, is avoided.
+        weight, scales, global_scale = layer.weight, layer.weight_scale, layer.weight_global_scale
+        rest = (layer.weight_arrived, bias, self.rows, self.block_size, self.backend)
+        return matmul_swizzled_op(x, weight, scales, global_scale, *rest)
 
 
 class VllmForm:

@@ -29,11 +29,12 @@ def launch_shape(shapes: dict[int, LaunchShape], device: torch.device, blocks: i
 
     blocks: how many there are at most, which is all that the interpreter needs.
 
-    A device that the table does not have takes the shape of Hopper, the only one that was measured.
+    A device that the table does not have takes the shape of Hopper, the only one that was measured; so does the meta
+    device, for which kernels are compiled only.
     """
     if device.type == "cpu":
         return LaunchShape(min(_INTERPRETER_TILE, triton.next_power_of_2(blocks)), warps=1, tiles=1)
-    major, _ = torch.cuda.get_device_capability(device)
+    major = _DEFAULT if device.type == "meta" else torch.cuda.get_device_capability(device)[0]
     return shapes.get(major, shapes[_DEFAULT])
 
 

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 
 import qwantize_vllm.matmul
+import qwantize_vllm.search
 
 
 def own_kernels() -> Iterator[Any]:
-    """What Triton compiles of qwantize_vllm.matmul, kernels and the functions that they call."""
+    """What Triton compiles of matmul and search, kernels and the functions that they call."""
     from triton.runtime.jit import JITFunction
 
-    for found in pkgutil.iter_modules(qwantize_vllm.matmul.__path__, "qwantize_vllm.matmul."):
-        module = importlib.import_module(found.name)
-        yield from (each for each in vars(module).values() if isinstance(each, JITFunction))
+    for package in (qwantize_vllm.matmul, qwantize_vllm.search):
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            module = importlib.import_module(found.name)
+            yield from (each for each in vars(module).values() if isinstance(each, JITFunction))
 
 
 def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qwantize_vllm import QwantizeSettings
-from qwantize_vllm.plugin import rehearsal
+from qwantize_vllm.plugin import rehearsal, search_process
+from tests.matmul.forget import forget_kernels
 
 
 @pytest.fixture
@@ -60,6 +61,35 @@ def test_what_was_rehearsed_is_not_compiled_again(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **what: compiled.append(what["repr"]))
     for rows, k in ((6144, 4096), (4096, 14336)):
         rehearsal.rehearse(QwantizeSettings(), torch.randn(rows, k, device="cuda").bfloat16())
+    assert compiled == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale_search", ["naive", "optimal"])
+def test_what_a_process_compiled_before_is_not_compiled_again(monkeypatch, tmp_path, scale_search):
+    """Nor is a launcher built again."""
+    import triton
+    from triton.runtime import build
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(search_process, "_thread", None)
+    forget_kernels(monkeypatch)
+    settings, weight = QwantizeSettings(scale_search=scale_search), torch.zeros(512, 14336, device="cuda").bfloat16()
+    major, minor = torch.cuda.get_device_capability()
+    waiting = search_process.start_search_process(settings, 10 * major + minor)
+    assert waiting is not None
+    waiting.join()
+    compiled = []
+
+    def listen(*, src, cache_hit, **rest):
+        if not cache_hit:
+            compiled.append(src.name)
+
+    monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
+    monkeypatch.setattr(build, "_build", lambda name, *rest: compiled.append(name))
+    rehearsal.compile_together(settings, weight)
+    rehearsal.rehearse(settings, weight)
     assert compiled == []
 
 

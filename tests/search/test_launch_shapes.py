@@ -32,6 +32,13 @@ def test_every_gpu_has_a_shape_of_whole_warps(monkeypatch, table, major):
     assert shape.tiles >= 1
 
 
+@pytest.mark.parametrize("table", TABLES)
+def test_what_is_only_compiled_is_compiled_for_the_shape_of_hopper(monkeypatch, table):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    shapes = [launch_shape(table, torch.device(device), blocks=5) for device in ("meta", "cuda")]
+    assert shapes[0] == shapes[1]
+
+
 def test_the_interpreter_takes_a_tile_of_all_blocks_up_to_a_limit():
     cpu = torch.device("cpu")
     assert launch_shape(TABLES[0], cpu, blocks=37) == (64, 1, 1)
