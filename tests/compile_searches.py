@@ -1,6 +1,6 @@
 """Have another process compile what quantizes a layer, and find it in Triton's cache; needs no GPU.
 
-    python -m tests.compile_searches naive|optimal 16|32
+    python -m tests.compile_searches naive|optimal 16|32 fork|module
 
 A program of its own because TRITON_INTERPRET, which the tests set, must be unset when triton is imported. Prints the
 name of every kernel that was in the cache.
@@ -8,6 +8,7 @@ name of every kernel that was in the cache.
 
 from __future__ import annotations
 
+import functools
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -39,19 +40,20 @@ if __name__ == "__main__":
     driver.set_active(Driver())
     knobs.compilation.listener = listen
     settings = QwantizeSettings(scale_search=sys.argv[1], block_size=int(sys.argv[2]))
-    thread = start_search_process(settings, 90)
+    start = functools.partial(start_search_process, fork=sys.argv[3] == "fork")
+    thread = start(settings, 90)
     assert thread is not None
-    assert start_search_process(settings, 90) is None, "there is one in a process"
+    assert start(settings, 90) is None, "there is one in a process"
     thread.join()
     assert compilations == []
     search_process._thread = None  # as in a later start
-    assert start_search_process(settings, 90) is None, "all are compiled"
+    assert start(settings, 90) is None, "all are compiled"
     for n, k in ((6144, 4096), (4096, 14336)):
         launch_all(settings, n, k)
     assert all(hit for _, hit in compilations), compilations
     for others in (QwantizeSettings(block_size=48 - settings.block_size), settings):
         search_process._thread = None
-        started = start_search_process(others, 80 if others is settings else 90)
+        started = start(others, 80 if others is settings else 90)
         assert started is not None, "those of other settings, or of another GPU, are not compiled"
         started.join()
     print(*sorted({name for name, _ in compilations}))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -65,7 +66,8 @@ class QwantizeConfig(QwantizeBaseConfig):
         if current_platform.is_cuda() and (capability := current_platform.get_device_capability()) is not None:
             from qwantize_vllm.plugin.search_process import start_search_process
 
-            start_search_process(self._known, capability.to_int())
+            fork = envs.VLLM_WORKER_MULTIPROC_METHOD == "fork" and not torch.cuda.is_initialized()
+            start_search_process(self._known, capability.to_int(), fork)
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.plugin.search_kernels import ROWS, THREADS, has_search_kernels, submit_searches
 from qwantize_vllm.search.quality import signal_and_noise
-from qwantize_vllm.search.quantize import GlobalScale, matrix_amax, quantize_nvfp4
+from qwantize_vllm.search.quantize import GlobalScale, quantize_nvfp4
 from qwantize_vllm.settings import QwantizeSettings
 
 logger = init_logger(f"vllm.{__name__}")
@@ -85,7 +85,5 @@ def compile_together(settings: QwantizeSettings, weight: torch.Tensor) -> None:
         version = pool.submit(triton_key)
         driver.active.get_current_target()
         version.result()
-        jobs = submit_searches(settings, weight, pool)
-        matrix_amax(weight)
-        for job in jobs:
+        for job in submit_searches(settings, weight, pool):
             job.result()

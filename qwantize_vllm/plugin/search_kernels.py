@@ -16,7 +16,7 @@ from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.settings import QwantizeSettings
 from qwantize_vllm.triton_launch import Launch
 
-THREADS = 4  # as many as there are kernels
+THREADS = 5  # as many as there are kernels
 # Rows of a layer: so many that its sizes are multiples of 16 as those of real ones, for which Triton compiles.
 ROWS = 1024
 
@@ -39,9 +39,11 @@ def submit_searches(settings: QwantizeSettings, weight: torch.Tensor, pool: Exec
 
 def launch_searches(settings: QwantizeSettings, weight: torch.Tensor, launch: Launch) -> None:
     """Each once."""
+    from qwantize_vllm.search.triton_amax import matrix_amax_triton
     from qwantize_vllm.search.triton_quality import signal_and_noise_triton
     from qwantize_vllm.search.triton_sse import search_sse
 
+    matrix_amax_triton(weight[None], launch)
     q = _empty_quantized(weight, settings.block_size)
     search_sse(weight[None], q.global_scale[None], settings.block_size, settings.scale_search == "optimal", launch)
     signal_and_noise_triton(weight, q, launch)

@@ -9,6 +9,7 @@ are compiled for layers of bfloat16 with the settings that are known by then; fo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -32,12 +33,13 @@ _COLUMNS = 4096  # of a layer; any K is as good that has 16 blocks or a multiple
 _thread: threading.Thread | None = None  # which waits for the process
 
 
-def start_search_process(settings: QwantizeSettings, capability: int) -> threading.Thread | None:
+def start_search_process(settings: QwantizeSettings, capability: int, fork: bool) -> threading.Thread | None:
     """Start it for an NVIDIA GPU, once in a process, unless an earlier start has compiled the kernels.
 
-    capability: the GPU's compute capability, 90 for Hopper. Nothing here needs the GPU, or may: vLLM forks.
-    Returns the thread that waits for the process. What fails to compile fails beside the load too; a line in the log
-    says it here.
+    capability: the GPU's compute capability, 90 for Hopper; nothing here needs the GPU. fork: have a fork of this
+    process do it, which has imported all it needs: an engine that is a fork loads after three seconds, one that is not
+    imports as much as a new process does. Returns the thread that waits for the process. What fails to compile fails
+    beside the load too; a line in the log says it here.
     """
     global _thread
     if _thread is not None or not has_search_kernels(settings):
@@ -46,14 +48,38 @@ def start_search_process(settings: QwantizeSettings, capability: int) -> threadi
     asked = {"settings": given, "target": ["cuda", capability, 32], "sources": sources_fingerprint()}
     if is_done(asked):
         return None
-    _thread = threading.Thread(target=_run, args=(asked,), name="qwantize-search-process", daemon=True)
+    if fork:
+        _thread = threading.Thread(target=_wait_for, args=(_fork(asked),), daemon=True)
+    else:
+        _thread = threading.Thread(target=_run, args=(asked,), daemon=True)
     _thread.start()
     return _thread
 
 
+def _wait_for(process: int) -> None:
+    with contextlib.suppress(ChildProcessError):  # somebody who waits for every child has seen its end
+        os.waitpid(process, 0)
+
+
+def _fork(asked: dict[str, Any]) -> int:
+    if process := os.fork():
+        return process
+    try:
+        os.nice(NICENESS)
+        compile_searches(asked)
+    except Exception as error:
+        _tell_failure(f"{type(error).__name__}: {error}")
+    finally:
+        os._exit(0)  # nothing of the process that it was
+
+
 def _run(asked: dict[str, Any]) -> None:
     if failed := run_module(__name__, asked):
-        logger.info("qwantize: the kernels that quantize layers will be compiled while they are loaded: %s", failed)
+        _tell_failure(failed)
+
+
+def _tell_failure(why: str) -> None:
+    logger.info("qwantize: the kernels that quantize layers will be compiled while they are loaded: %s", why)
 
 
 def compile_searches(asked: dict[str, Any]) -> None:

@@ -10,15 +10,18 @@ import torch
 import triton
 import triton.language as tl
 
+from qwantize_vllm.triton_launch import Launch, launch_now
+
 _TILE = 8192  # int32 words a program, 8 warps: 8 loads of 16 bytes a thread
 _INTERPRETER_TILE = 2**20
 
 
-def matrix_amax_triton(weight: torch.Tensor) -> torch.Tensor:
+def matrix_amax_triton(weight: torch.Tensor, launch: Launch = launch_now) -> torch.Tensor:
     """max|w| of each matrix, float32 (E,), NaN where a matrix holds one.
 
     Args:
         weight: contiguous (E, N, K) float32, bfloat16 or float16; N*K even, and positive.
+        launch: what else to do with the kernel than to run it.
     """
     e = weight.shape[0]
     out = torch.zeros(e, dtype=torch.float32, device=weight.device)
@@ -26,9 +29,8 @@ def matrix_amax_triton(weight: torch.Tensor) -> torch.Tensor:
     tile = _INTERPRETER_TILE if weight.device.type == "cpu" else _TILE
     tiles = triton.cdiv(words.shape[1], tile)
     half = {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(weight.dtype)
-    _matrix_amax_kernel[(e * tiles,)](
-        words, out.view(torch.int32), words.shape[1], tiles, HALF=half, TILE=tile, num_warps=8
-    )
+    given = (words, out.view(torch.int32), words.shape[1], tiles)
+    launch(_matrix_amax_kernel, (e * tiles,), *given, HALF=half, TILE=tile, num_warps=8)
     return out
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from types import SimpleNamespace
 
@@ -27,15 +28,15 @@ def asked(monkeypatch, tmp_path):
     return given
 
 
-@pytest.mark.parametrize(("scale_search", "block_size"), [("optimal", 16), ("naive", 32)])
-def test_a_layer_finds_what_the_process_has_compiled(tmp_path, scale_search, block_size):
-    lines = run_program("tests.compile_searches", scale_search, str(block_size), TRITON_CACHE_DIR=str(tmp_path))
+@pytest.mark.parametrize("given", [("optimal", "16", "fork"), ("naive", "32", "module")])
+def test_a_layer_finds_what_the_process_has_compiled(tmp_path, given):
+    lines = run_program("tests.compile_searches", *given, TRITON_CACHE_DIR=str(tmp_path))
     names = " ".join(lines).split()
-    assert names == ["_quality_kernel", "_scales_kernel", "_search_sse_kernel", "_words_kernel"]
+    assert names == ["_matrix_amax_kernel", "_quality_kernel", "_scales_kernel", "_search_sse_kernel", "_words_kernel"]
 
 
 def test_a_search_with_hessians_has_other_kernels(asked):
-    assert start_search_process(QwantizeSettings(scale_search="hessian", hessian=__file__), 90) is None
+    assert start_search_process(QwantizeSettings(scale_search="hessian", hessian=__file__), 90, fork=False) is None
     assert asked == []
 
 
@@ -45,10 +46,23 @@ def test_that_there_is_no_process_the_log_says(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level(logging.INFO):
-        start_search_process(QwantizeSettings(), 90).join()
+        start_search_process(QwantizeSettings(), 90, fork=False).join()
     (record,) = caplog.records
     assert "will be compiled while they are loaded" in record.message
     assert "/nowhere/python" in record.message
+
+
+def test_that_a_fork_fails_the_log_says(asked, monkeypatch, capfd):
+    """It is written by the fork itself."""
+
+    def fail(asked):
+        raise ValueError("no kernel")
+
+    monkeypatch.setattr(search_process, "compile_searches", fail)
+    monkeypatch.setattr(search_process, "_tell_failure", lambda why: os.write(2, why.encode()))
+    start_search_process(QwantizeSettings(), 90, fork=True).join()
+    assert "ValueError: no kernel" in capfd.readouterr().err
+    assert asked == []
 
 
 def platform(capability, cuda=True):
@@ -58,6 +72,7 @@ def platform(capability, cuda=True):
 
 def test_an_engine_that_is_configured_asks_for_it(asked, monkeypatch):
     monkeypatch.setattr(plugin_config, "current_platform", platform(90))
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     config = QwantizeConfig.from_config({"quant_method": "qwantize", "block_size": 32})
     config.maybe_update_config("a model", hf_config=None)
     search_process._thread.join()
