@@ -10,6 +10,7 @@ are compiled for layers of bfloat16 with the settings that are known by then; fo
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -46,12 +47,15 @@ def start_search_process(settings: QwantizeSettings, capability: int, fork: bool
         return None
     given = settings.model_dump(mode="json", include={"scale_search", "block_size", "backend"})
     asked = {"settings": given, "target": ["cuda", capability, 32], "sources": sources_fingerprint()}
-    if is_done(asked):
+    try:
+        if is_done(asked):
+            return None
+        work = functools.partial(_wait_for, _fork(asked)) if fork else functools.partial(_run, asked)
+    # Whatever it is, as no memory for a fork, it must not end the start: it costs time alone.
+    except Exception as error:
+        _tell_failure(f"{type(error).__name__}: {error}")
         return None
-    if fork:
-        _thread = threading.Thread(target=_wait_for, args=(_fork(asked),), daemon=True)
-    else:
-        _thread = threading.Thread(target=_run, args=(asked,), daemon=True)
+    _thread = threading.Thread(target=work, name="qwantize-search-process", daemon=True)
     _thread.start()
     return _thread
 

@@ -65,6 +65,18 @@ def test_that_a_fork_fails_the_log_says(asked, monkeypatch, capfd):
     assert asked == []
 
 
+def test_that_there_is_no_fork_the_log_says_and_the_engine_starts(asked, monkeypatch, caplog):
+    def fork():
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fork)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        assert start_search_process(QwantizeSettings(), 90, fork=True) is None
+    (record,) = caplog.records
+    assert "will be compiled while they are loaded: BlockingIOError" in record.message
+
+
 def platform(capability, cuda=True):
     found = None if capability is None else SimpleNamespace(to_int=lambda: capability)
     return SimpleNamespace(is_cuda=lambda: cuda, get_device_capability=lambda: found)
