@@ -45,7 +45,6 @@ if __name__ == "__main__":
     assert thread is not None
     assert start(settings, 90) is None, "there is one in a process"
     thread.join()
-    assert compilations == []
     search_process._thread = None  # as in a later start
     assert start(settings, 90) is None, "all are compiled"
     for n, k in ((6144, 4096), (4096, 14336)):

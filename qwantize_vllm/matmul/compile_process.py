@@ -25,7 +25,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
-from qwantize_vllm.module_process import run_module
+from qwantize_vllm.side_process import run_module
 
 # One of vLLM's loggers where there is vLLM.
 logger = logging.getLogger(f"vllm.{__name__}")

@@ -101,14 +101,14 @@ def swizzle(q: Nvfp4Tensor, launch: Launch = launch_now) -> SwizzledNvfp4:
     What it returns is for one stream at a time: products that overlap on two would share its scratch, and be wrong. For
     two at once swizzle twice, or `dataclasses.replace` the result's `arrived` by zeros of its own.
 
-    launch: what else to do with a GPU's kernels than to run them; they are also those of the meta device.
+    launch: what else to do with a GPU's kernels than to run them.
 
     Raises:
         ValueError: the weight is batched.
     """
     if q.codes.dim() != 2:
         raise ValueError(f"only an unbatched (N, K) weight can be swizzled, got {tuple(q.shape)}; index it first")
-    words, scales = _swizzle(q) if q.codes.is_cpu else _swizzle_on_gpu(q, launch)
+    words, scales = _swizzle_on_gpu(q, launch) if q.codes.is_cuda or launch is not launch_now else _swizzle(q)
     arrived = torch.zeros(ARRIVALS, dtype=torch.int32, device=q.device)
     return SwizzledNvfp4(words, scales, q.global_scale, arrived, (q.shape[0], q.shape[1]), q.block_size)
 

@@ -15,6 +15,7 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.platforms import current_platform
+from vllm.utils.system_utils import get_mp_context
 
 from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.plugin.base_config import METHOD, QwantizeBaseConfig, add_to_compile_key
@@ -62,11 +63,17 @@ class QwantizeConfig(QwantizeBaseConfig):
         self._known, _ = resolve_settings({source: self._given, **_environment()}, look_for_files)
 
     def maybe_update_config(self, *args: Any, **kwargs: Any) -> None:
-        """vLLM calls it once it knows that the GPU is one of ours, long before there is a worker."""
-        if current_platform.is_cuda() and (capability := current_platform.get_device_capability()) is not None:
+        """vLLM calls it once it knows that the GPU is one of ours, seconds before the engine has processes that load.
+
+        Where the engine has none of its own, or this is one (a draft model's config is made there), layers come too
+        soon for what is started here.
+        """
+        if not current_platform.is_cuda() or not envs.VLLM_ENABLE_V1_MULTIPROCESSING or torch.cuda.is_initialized():
+            return
+        if (capability := current_platform.get_device_capability()) is not None:
             from qwantize_vllm.plugin.search_process import start_search_process
 
-            fork = envs.VLLM_WORKER_MULTIPROC_METHOD == "fork" and not torch.cuda.is_initialized()
+            fork = get_mp_context().get_start_method() == "fork"  # as vLLM's own processes are started
             start_search_process(self._known, capability.to_int(), fork)
 
     @classmethod

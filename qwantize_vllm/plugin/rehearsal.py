@@ -3,7 +3,7 @@
 The first layer that a process quantizes takes it a second, and with no compiled kernels at hand several: Triton is
 imported, reads all of itself to know its version (half a second; Python's lock is not held meanwhile), compiles or
 loads kernels, and CUDA loads each of PyTorch's that is used for the first time. None of it needs the weights, and
-kernels that no process has compiled before (search_process.py) are compiled at the same time, in threads.
+kernels that are not in Triton's cache by then (search_process.py) are compiled at the same time, in threads.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def begin_rehearsal(settings: QwantizeSettings, k: int, dtype: torch.dtype, devi
 
 
 def end_rehearsal() -> None:
-    """Wait for it, before kernels are launched here: nothing is compiled twice, and one thread at a time loads kernels
-    (matmul/triton_launchers.py says why)."""
+    """Wait for it, before kernels are launched here: a process compiles nothing twice, and one thread at a time loads
+    kernels (matmul/triton_launchers.py says why)."""
     if _thread is not None:
         _thread.join()
 

@@ -16,21 +16,22 @@ import logging
 import os
 import sys
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from qwantize_vllm.matmul.compile_process import NICENESS, Target, is_done, mark_done
-from qwantize_vllm.module_process import run_module
 from qwantize_vllm.plugin.fingerprint import sources_fingerprint
 from qwantize_vllm.plugin.search_kernels import ROWS, THREADS, has_search_kernels, submit_searches
 from qwantize_vllm.settings import QwantizeSettings
+from qwantize_vllm.side_process import fork_to, run_module
 
 # One of vLLM's loggers.
 logger = logging.getLogger(f"vllm.{__name__}")
 
-_COLUMNS = 4096  # of a layer; any K is as good that has 16 blocks or a multiple of them
+_COLUMNS = 4096  # of a layer; Triton compiles for other sizes that are multiples of 16 as for this one
 _thread: threading.Thread | None = None  # which waits for the process
 
 
@@ -38,47 +39,31 @@ def start_search_process(settings: QwantizeSettings, capability: int, fork: bool
     """Start it for an NVIDIA GPU, once in a process, unless an earlier start has compiled the kernels.
 
     capability: the GPU's compute capability, 90 for Hopper; nothing here needs the GPU. fork: have a fork of this
-    process do it, which has imported all it needs: an engine that is a fork loads after three seconds, one that is not
-    imports as much as a new process does. Returns the thread that waits for the process. What fails to compile fails
-    beside the load too; a line in the log says it here.
+    process do it, which has imported PyTorch and Triton: an engine that is a fork too loads after three seconds, one
+    that is not imports as much as a new process does. Returns the thread that waits for the process. What fails to
+    compile, or to start, fails beside the load too; a line in the log says it here.
     """
     global _thread
     if _thread is not None or not has_search_kernels(settings):
         return None
-    given = settings.model_dump(mode="json", include={"scale_search", "block_size", "backend"})
-    asked = {"settings": given, "target": ["cuda", capability, 32], "sources": sources_fingerprint()}
     try:
+        given = settings.model_dump(mode="json", include={"scale_search", "block_size", "backend"})
+        asked = {"settings": given, "target": ["cuda", capability, 32], "sources": sources_fingerprint()}
         if is_done(asked):
             return None
-        work = functools.partial(_wait_for, _fork(asked)) if fork else functools.partial(_run, asked)
-    # Whatever it is, as no memory for a fork, it must not end the start: it costs time alone.
-    except Exception as error:
+        compile_them = functools.partial(compile_searches, asked)
+        wait = fork_to(compile_them) if fork else functools.partial(run_module, __name__, asked)
+        thread = threading.Thread(target=_run, args=(wait,), name="qwantize-search-process", daemon=True)
+        thread.start()
+    except Exception as error:  # whatever it is, as no memory for a fork, it must not end the start of the engine
         _tell_failure(f"{type(error).__name__}: {error}")
         return None
-    _thread = threading.Thread(target=work, name="qwantize-search-process", daemon=True)
-    _thread.start()
-    return _thread
+    _thread = thread
+    return thread
 
 
-def _wait_for(process: int) -> None:
-    with contextlib.suppress(ChildProcessError):  # somebody who waits for every child has seen its end
-        os.waitpid(process, 0)
-
-
-def _fork(asked: dict[str, Any]) -> int:
-    if process := os.fork():
-        return process
-    try:
-        os.nice(NICENESS)
-        compile_searches(asked)
-    except Exception as error:
-        _tell_failure(f"{type(error).__name__}: {error}")
-    finally:
-        os._exit(0)  # nothing of the process that it was
-
-
-def _run(asked: dict[str, Any]) -> None:
-    if failed := run_module(__name__, asked):
+def _run(wait: Callable[[], str]) -> None:
+    if failed := wait():
         _tell_failure(failed)
 
 
@@ -90,25 +75,28 @@ def compile_searches(asked: dict[str, Any]) -> None:
     """What the process does."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
+    from triton.runtime.cache import triton_key
 
-    settings, weight = QwantizeSettings(**asked["settings"]), torch.empty(ROWS, _COLUMNS, device="meta")
+    os.nice(NICENESS)
     driver.set_active(Target(GPUTarget(*asked["target"])))
+    settings = QwantizeSettings(**asked["settings"])
+    weight = torch.empty(ROWS, _COLUMNS, dtype=torch.bfloat16, device="meta")
     with ThreadPoolExecutor(THREADS) as pool:
-        jobs: list[Future[Any]] = list(submit_searches(settings, weight.bfloat16(), pool))
-        if torch.cuda.is_available():
-            jobs.append(pool.submit(_compile_driver))
-        for job in jobs:
+        pool.submit(_compile_driver)
+        triton_key()  # which each thread would make for itself
+        for job in submit_searches(settings, weight, pool):
             job.result()
     mark_done(asked)
 
 
 def _compile_driver() -> None:
-    """What Triton's driver has in C, which is compiled when a process first uses a GPU."""
+    """What Triton's driver has in C, which is compiled when a process first uses a GPU. What fails here, as without a
+    GPU's libraries, fails there too, and says so."""
     from triton.backends.nvidia.driver import CudaUtils
 
-    CudaUtils()
+    with contextlib.suppress(Exception):
+        CudaUtils()
 
 
 if __name__ == "__main__":
-    os.nice(NICENESS)
     compile_searches(json.load(sys.stdin))

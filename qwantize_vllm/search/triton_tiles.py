@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 # One program of the interpreter costs as much as thousands of blocks in NumPy.
 _INTERPRETER_TILE = 4096
@@ -29,12 +30,15 @@ def launch_shape(shapes: dict[int, LaunchShape], device: torch.device, blocks: i
 
     blocks: how many there are at most, which is all that the interpreter needs.
 
-    A device that the table does not have takes the shape of Hopper, the only one that was measured; so does the meta
-    device, for which kernels are compiled only.
+    A device that the table does not have takes the shape of Hopper, the only one that was measured; the meta
+    device, for which kernels are compiled only, has that of the GPU that they are compiled for.
     """
     if device.type == "cpu":
         return LaunchShape(min(_INTERPRETER_TILE, triton.next_power_of_2(blocks)), warps=1, tiles=1)
-    major = _DEFAULT if device.type == "meta" else torch.cuda.get_device_capability(device)[0]
+    if device.type == "meta":
+        major = driver.active.get_current_target().arch // 10
+    else:
+        major, _ = torch.cuda.get_device_capability(device)
     return shapes.get(major, shapes[_DEFAULT])
 
 

@@ -67,7 +67,7 @@ def test_what_was_rehearsed_is_not_compiled_again(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("scale_search", ["naive", "optimal"])
 def test_what_a_process_compiled_before_is_not_compiled_again(monkeypatch, tmp_path, scale_search):
-    """Nor is a launcher built again."""
+    """Nor is a launcher built again, nor the driver."""
     import triton
     from triton.runtime import build
 
@@ -80,6 +80,7 @@ def test_what_a_process_compiled_before_is_not_compiled_again(monkeypatch, tmp_p
     waiting = search_process.start_search_process(settings, 10 * major + minor, fork=False)
     assert waiting is not None
     waiting.join()
+    assert list(tmp_path.rglob("cuda_utils*"))
     compiled = []
 
     def listen(*, src, cache_hit, **rest):

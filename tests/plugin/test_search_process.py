@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("vllm")
@@ -19,13 +22,26 @@ from tests.programs import run_program
 
 
 @pytest.fixture
-def asked(monkeypatch, tmp_path):
-    """What processes were asked for, in a cache that has nothing; none is started."""
-    given = []
+def nothing_done(monkeypatch, tmp_path):
+    """No process was started, nor has an earlier start compiled anything."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(search_process, "_thread", None)
+
+
+@pytest.fixture
+def asked(nothing_done, monkeypatch):
+    """What was asked of a new process or of a fork; none is started."""
+    given = []
     monkeypatch.setattr(search_process, "run_module", lambda name, asked: given.append((name, asked)) or "")
+    monkeypatch.setattr(search_process, "fork_to", lambda work: given.append(("fork", *work.args)) or (lambda: ""))
     return given
+
+
+@pytest.fixture
+def log(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        yield caplog
 
 
 @pytest.mark.parametrize("given", [("optimal", "16", "fork"), ("naive", "32", "module")])
@@ -40,41 +56,38 @@ def test_a_search_with_hessians_has_other_kernels(asked):
     assert asked == []
 
 
-def test_that_there_is_no_process_the_log_says(monkeypatch, tmp_path, caplog):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(search_process, "_thread", None)
+@pytest.mark.usefixtures("nothing_done")
+def test_that_there_is_no_process_the_log_says(monkeypatch, log):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    with caplog.at_level(logging.INFO):
-        start_search_process(QwantizeSettings(), 90, fork=False).join()
-    (record,) = caplog.records
+    start_search_process(QwantizeSettings(), 90, fork=False).join()
+    (record,) = log.records
     assert "will be compiled while they are loaded" in record.message
     assert "/nowhere/python" in record.message
 
 
-def test_that_a_fork_fails_the_log_says(asked, monkeypatch, capfd):
-    """It is written by the fork itself."""
-
+@pytest.mark.usefixtures("nothing_done")
+def test_that_a_fork_fails_the_log_says(monkeypatch, log):
     def fail(asked):
         raise ValueError("no kernel")
 
     monkeypatch.setattr(search_process, "compile_searches", fail)
-    monkeypatch.setattr(search_process, "_tell_failure", lambda why: os.write(2, why.encode()))
     start_search_process(QwantizeSettings(), 90, fork=True).join()
-    assert "ValueError: no kernel" in capfd.readouterr().err
-    assert asked == []
+    (record,) = log.records
+    assert "will be compiled while they are loaded" in record.message
+    assert record.message.endswith("ValueError: no kernel")
 
 
-def test_that_there_is_no_fork_the_log_says_and_the_engine_starts(asked, monkeypatch, caplog):
-    def fork():
-        raise BlockingIOError("Resource temporarily unavailable")
+@pytest.mark.usefixtures("nothing_done")
+@pytest.mark.parametrize(("owner", "name"), [(os, "fork"), (threading.Thread, "start"), (search_process, "is_done")])
+def test_whatever_fails_does_not_end_the_start_of_an_engine(monkeypatch, log, owner, name):
+    def fail(*given):
+        raise RuntimeError("out of everything")
 
-    monkeypatch.setattr(os, "fork", fork)
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    with caplog.at_level(logging.INFO):
-        assert start_search_process(QwantizeSettings(), 90, fork=True) is None
-    (record,) = caplog.records
-    assert "will be compiled while they are loaded: BlockingIOError" in record.message
+    monkeypatch.setattr(search_process, "compile_searches", lambda asked: None)
+    monkeypatch.setattr(owner, name, fail)
+    assert start_search_process(QwantizeSettings(), 90, fork=True) is None
+    (record,) = log.records
+    assert "will be compiled while they are loaded: RuntimeError: out of everything" in record.message
 
 
 def platform(capability, cuda=True):
@@ -82,16 +95,42 @@ def platform(capability, cuda=True):
     return SimpleNamespace(is_cuda=lambda: cuda, get_device_capability=lambda: found)
 
 
-def test_an_engine_that_is_configured_asks_for_it(asked, monkeypatch):
+@pytest.fixture
+def hopper(monkeypatch):
     monkeypatch.setattr(plugin_config, "current_platform", platform(90))
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_engine_that_is_configured_asks_for_it(asked, monkeypatch, method):
+    monkeypatch.setattr(plugin_config, "get_mp_context", lambda: multiprocessing.get_context(method))
     config = QwantizeConfig.from_config({"quant_method": "qwantize", "block_size": 32})
     config.maybe_update_config("a model", hf_config=None)
     search_process._thread.join()
-    ((module, what),) = asked
-    assert module == "qwantize_vllm.plugin.search_process"
+    ((process, what),) = asked
+    assert process == ("fork" if method == "fork" else "qwantize_vllm.plugin.search_process")
     assert what["settings"] == {"scale_search": "optimal", "block_size": 32, "backend": "auto"}
     assert what["target"] == ["cuda", 90, 32]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_it_is_started_as_vllm_starts_its_own(asked, monkeypatch):
+    """With a variable of the environment, or, in a few cases, whatever that says."""
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    QwantizeConfig().maybe_update_config("a model")
+    search_process._thread.join()
+    assert [process for process, _ in asked] == ["qwantize_vllm.plugin.search_process"]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_where_layers_come_at_once_none_is_asked_for(asked, monkeypatch):
+    with monkeypatch.context() as context:
+        context.setattr(torch.cuda, "is_initialized", lambda: True)
+        QwantizeConfig().maybe_update_config("the draft model of a worker")
+    with monkeypatch.context() as context:
+        context.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        QwantizeConfig().maybe_update_config("a model")
+    assert asked == []
 
 
 @pytest.mark.parametrize("where", [platform(90, cuda=False), platform(None)])
