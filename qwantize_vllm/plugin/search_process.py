@@ -31,7 +31,7 @@ from qwantize_vllm.side_process import fork_to, run_module
 # One of vLLM's loggers.
 logger = logging.getLogger(f"vllm.{__name__}")
 
-_COLUMNS = 4096  # of a layer; Triton compiles for other sizes that are multiples of 16 as for this one
+_COLUMNS = 4096  # of a layer; Triton compiles apart for sizes that are no multiples of 16, or whose tiles are not
 _thread: threading.Thread | None = None  # which waits for the process
 
 
