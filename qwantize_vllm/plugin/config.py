@@ -60,7 +60,7 @@ class QwantizeConfig(QwantizeBaseConfig):
         self._report: LoadReport | None = None
         # Additional config is not known yet, nor who named a file; all else is refused here, before an engine starts.
         look_for_files = source != _CHECKPOINT or not any(key in self._given for key in PATHS)
-        self._known, _ = resolve_settings({source: self._given, **_environment()}, look_for_files)
+        self._settings_so_far, _ = resolve_settings({source: self._given, **_environment()}, look_for_files)
 
     def maybe_update_config(self, *args: Any, **kwargs: Any) -> None:
         """vLLM calls it once it knows that the GPU is one of ours, seconds before the engine has processes that load.
@@ -74,7 +74,7 @@ class QwantizeConfig(QwantizeBaseConfig):
             from qwantize_vllm.plugin.search_process import start_search_process
 
             fork = get_mp_context().get_start_method() == "fork"  # as vLLM's own processes are started
-            start_search_process(self._known, capability.to_int(), fork)
+            start_search_process(self._settings_so_far, capability.to_int(), fork)
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, **kwargs: Any) -> Any:

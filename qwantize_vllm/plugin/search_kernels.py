@@ -33,12 +33,12 @@ def submit_searches(settings: QwantizeSettings, weight: torch.Tensor, pool: Exec
     def launch(*launched: Any, **constants: Any) -> None:
         jobs.append(pool.submit(_compile, *launched, **constants))
 
-    launch_searches(settings, weight, launch)
+    _launch_each(settings, weight, launch)
     return jobs
 
 
-def launch_searches(settings: QwantizeSettings, weight: torch.Tensor, launch: Launch) -> None:
-    """Each once."""
+def _launch_each(settings: QwantizeSettings, weight: torch.Tensor, launch: Launch) -> None:
+    """Each kernel once, for a weight (N, K); what they write is not initialized."""
     from qwantize_vllm.search.triton_amax import matrix_amax_triton
     from qwantize_vllm.search.triton_quality import signal_and_noise_triton
     from qwantize_vllm.search.triton_sse import search_sse

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import threading
@@ -26,12 +27,13 @@ from qwantize_vllm.matmul.compile_process import NICENESS, Target, is_done, mark
 from qwantize_vllm.plugin.fingerprint import sources_fingerprint
 from qwantize_vllm.plugin.search_kernels import ROWS, THREADS, has_search_kernels, submit_searches
 from qwantize_vllm.settings import QwantizeSettings
-from qwantize_vllm.side_process import fork_to, run_module
+from qwantize_vllm.side_process import run_module
 
 # One of vLLM's loggers.
 logger = logging.getLogger(f"vllm.{__name__}")
 
 _COLUMNS = 4096  # of a layer; Triton compiles apart for sizes that are no multiples of 16, or whose tiles are not
+_LONGEST = 120.0  # seconds of a fork, which may have inherited a lock that nobody opens
 _thread: threading.Thread | None = None  # which waits for the process
 
 
@@ -51,15 +53,30 @@ def start_search_process(settings: QwantizeSettings, capability: int, fork: bool
         asked = {"settings": given, "target": ["cuda", capability, 32], "sources": sources_fingerprint()}
         if is_done(asked):
             return None
-        compile_them = functools.partial(compile_searches, asked)
-        wait = fork_to(compile_them) if fork else functools.partial(run_module, __name__, asked)
+        wait = _fork(asked) if fork else functools.partial(run_module, __name__, asked)
         thread = threading.Thread(target=_run, args=(wait,), name="qwantize-search-process", daemon=True)
         thread.start()
-    except Exception as error:  # whatever it is, as no memory for a fork, it must not end the start of the engine
+    # Whatever it is, as no memory for a fork: it costs time alone, and must not end the start of the engine.
+    except Exception as error:
         _tell_failure(f"{type(error).__name__}: {error}")
         return None
     _thread = thread
     return thread
+
+
+def _fork(asked: dict[str, Any]) -> Callable[[], str]:
+    """Start a fork; returns what waits for it, and returns why it failed. Should it fail to compile, it prints that."""
+    process = multiprocessing.get_context("fork").Process(target=compile_searches, args=(asked,), daemon=True)
+    process.start()
+
+    def wait() -> str:
+        process.join(_LONGEST)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        return f"the process ended with {process.exitcode}" if process.exitcode else ""
+
+    return wait
 
 
 def _run(wait: Callable[[], str]) -> None:

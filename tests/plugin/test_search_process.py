@@ -3,8 +3,10 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +35,7 @@ def asked(nothing_done, monkeypatch):
     """What was asked of a new process or of a fork; none is started."""
     given = []
     monkeypatch.setattr(search_process, "run_module", lambda name, asked: given.append((name, asked)) or "")
-    monkeypatch.setattr(search_process, "fork_to", lambda work: given.append(("fork", *work.args)) or (lambda: ""))
+    monkeypatch.setattr(search_process, "_fork", lambda asked: given.append(("fork", asked)) or (lambda: ""))
     return given
 
 
@@ -65,16 +67,27 @@ def test_that_there_is_no_process_the_log_says(monkeypatch, log):
     assert "/nowhere/python" in record.message
 
 
-@pytest.mark.usefixtures("nothing_done")
-def test_that_a_fork_fails_the_log_says(monkeypatch, log):
-    def fail(asked):
-        raise ValueError("no kernel")
+def fail(asked):
+    raise ValueError("no kernel")
 
-    monkeypatch.setattr(search_process, "compile_searches", fail)
+
+def be_killed(asked):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang(asked):
+    time.sleep(300)
+
+
+@pytest.mark.usefixtures("nothing_done")
+@pytest.mark.parametrize(("compile_searches", "code"), [(fail, 1), (be_killed, -9), (hang, -9)])
+def test_that_a_fork_fails_the_log_says(monkeypatch, log, capfd, compile_searches, code):
+    monkeypatch.setattr(search_process, "_LONGEST", 1.0)
+    monkeypatch.setattr(search_process, "compile_searches", compile_searches)
     start_search_process(QwantizeSettings(), 90, fork=True).join()
     (record,) = log.records
-    assert "will be compiled while they are loaded" in record.message
-    assert record.message.endswith("ValueError: no kernel")
+    assert record.message.endswith(f"will be compiled while they are loaded: the process ended with {code}")
+    assert ("ValueError: no kernel" in capfd.readouterr().err) == (compile_searches is fail)
 
 
 @pytest.mark.usefixtures("nothing_done")
