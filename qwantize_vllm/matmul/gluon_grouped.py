@@ -107,7 +107,7 @@ def _launch(
         tiles,
         weight.scales.shape[2],
         groups,
-        slots,
+        plan.numel() - 1,
         row_tiles,
         MEMBERS=weight.global_scales.shape[1],
         BLOCK_SIZE=weight.block_size,
@@ -138,12 +138,18 @@ def _copy_kernel(x_ptr, pairs_ptr, out_ptr, k, top_k, x_stride, COLUMNS: tl.cons
 
 
 @gluon.jit
-def _place(work, extent, plan_ptr, TOKENS: gl.constexpr):
-    """Of a work: its expert, -1 for none, its slot, and its tile of rows. Neighbours share their rows."""
-    slots, row_tiles = extent[3], extent[4]
+def _works(extent, plan_ptr):
+    """(slots that have an expert, works): the others, of which a plan may have many, would not be spread evenly."""
+    filled = gl.load(plan_ptr + extent[3])
+    return filled, filled * extent[4]
+
+
+@gluon.jit
+def _place(work, filled, row_tiles, plan_ptr, TOKENS: gl.constexpr):
+    """Of a work: its expert, its slot, and its tile of rows. Neighbours share their rows."""
     NEIGHBOURS: gl.constexpr = TOKENS_IN_CACHE // TOKENS
     band = work // (NEIGHBOURS * row_tiles) * NEIGHBOURS
-    width = gl.minimum(slots - band, NEIGHBOURS)
+    width = gl.minimum(filled - band, NEIGHBOURS)
     inside = work % (NEIGHBOURS * row_tiles)
     slot = band + inside % width
     return gl.load(plan_ptr + slot), slot, inside // width
@@ -153,16 +159,16 @@ def _place(work, extent, plan_ptr, TOKENS: gl.constexpr):
 def _produce(operands, buffers, extent, plan_ptr, DEPENDENT: gl.constexpr):
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
-    tiles, chunks, groups, slots, row_tiles = extent
+    tiles, chunks, groups, row_tiles = extent[0], extent[1], extent[2], extent[4]
     TOKENS: gl.constexpr = buffers[0].shape[1]
     GROUPS: gl.constexpr = buffers[1].shape[0] // buffers[5].shape[0]
+    filled, works = _works(extent, plan_ptr)
     turn = 0
-    for work in range(gl.program_id(0), slots * row_tiles, gl.num_programs(0)):
-        expert, slot, row = _place(work, extent, plan_ptr, TOKENS)
-        here = gl.where(expert < 0, 0, chunks)
+    for work in range(gl.program_id(0), works, gl.num_programs(0)):
+        expert, slot, row = _place(work, filled, row_tiles, plan_ptr, TOKENS)
         # Beyond the last group there are rows of the next expert: they are multiplied, and not stored.
         group = expert * groups + row * GROUPS
-        for chunk in range(0, here):
+        for chunk in range(0, chunks):
             load_chunk(operands, buffers, turn, chunk, group, slot * TOKENS, tiles, chunks)
             turn += 1
 
@@ -181,15 +187,14 @@ def _consume(
 ):
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
-    chunks, slots, row_tiles = extent[1], extent[3], extent[4]
     TOKENS: gl.constexpr = buffers[0].shape[1]
     GROUPS: gl.constexpr = buffers[1].shape[0] // buffers[5].shape[0]
+    filled, works = _works(extent, plan_ptr)
     turn = 0
-    for work in range(gl.program_id(0), slots * row_tiles, gl.num_programs(0)):
-        expert, slot, row = _place(work, extent, plan_ptr, TOKENS)
-        if expert >= 0:
-            total, turn = multiply_chunks(buffers, 0, chunks, turn, PART, BLOCK_SIZE)
-            _finish(total, result, expert, slot, row * GROUPS + PART, MEMBERS, ACTIVATION)
+    for work in range(gl.program_id(0), works, gl.num_programs(0)):
+        expert, slot, row = _place(work, filled, extent[4], plan_ptr, TOKENS)
+        total, turn = multiply_chunks(buffers, 0, extent[1], turn, PART, BLOCK_SIZE)
+        _finish(total, result, expert, slot, row * GROUPS + PART, MEMBERS, ACTIVATION)
     tma.store_wait(0)
 
 
@@ -212,7 +217,7 @@ def _finish(total, result, expert, slot, group, MEMBERS: gl.constexpr, ACTIVATIO
     store_tile(y_desc, [slot * TOKENS, group * y_desc.block_shape[1]], y_buf)
 
 
-@gluon.jit(do_not_specialize=["tiles", "chunks", "groups", "slots", "row_tiles"])
+@gluon.jit(do_not_specialize=["tiles", "chunks", "groups", "filled_at", "row_tiles"])
 def _grouped_wgmma_kernel(
     x_desc,
     words_desc,
@@ -223,7 +228,7 @@ def _grouped_wgmma_kernel(
     tiles,
     chunks,
     groups,
-    slots,
+    filled_at,
     row_tiles,
     MEMBERS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
@@ -239,7 +244,7 @@ def _grouped_wgmma_kernel(
     operands = (x_desc, words_desc, scales_desc)
     buffers = make_buffers(operands, GROUPS, X_TILES, X_STAGES, STAGES)
     y_bufs = gl.allocate_shared_memory(y_desc.dtype, [GROUPS, TOKENS, y_desc.block_shape[1]], y_desc.layout)
-    extent = (tiles, chunks, groups, slots, row_tiles)
+    extent = (tiles, chunks, groups, filled_at, row_tiles)
     first = (y_desc, y_bufs.index(0), global_scales_ptr)
     second = (y_desc, y_bufs.index(1), global_scales_ptr)
     if GROUPS == 2:

@@ -8,7 +8,8 @@ One kernel counts the pairs of every expert in each chunk; in the next one a pro
 those before its own, and so knows where its own pairs go.
 
 The plan is an int32 array: the expert of each slot, or -1, then for each slot its W pairs, -1 where there are no more,
-then the place of each pair, of no meaning where its expert is not here.
+then the place of each pair, of no meaning where its expert is not here, then the number of slots that have an expert:
+they come first.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ def slots_for(pairs: int, experts: int, width: int) -> int:
 
 
 def make_plan(ids: torch.Tensor, experts: int, width: int, slots: int, launch: Launch = launch_again) -> torch.Tensor:
-    """int32 (slots * (1 + width) + pairs,) for ids int32 (pairs,)."""
+    """int32 (slots * (1 + width) + pairs + 1,) for ids int32 (pairs,)."""
     pairs, bins = ids.numel(), 1 << experts.bit_length()
     chunks = -(-pairs // _CHUNK)
-    plan = torch.empty(slots * (1 + width) + pairs, dtype=torch.int32, device=ids.device)
+    plan = torch.empty(slots * (1 + width) + pairs + 1, dtype=torch.int32, device=ids.device)
     counts = torch.empty(chunks, bins, dtype=torch.int32, device=ids.device)
     sizes = {"BINS": bins, "CHUNK": _CHUNK, "num_warps": 8, **dependent_launch(ids.device)}
     launch(_count_kernel, (chunks,), ids, counts, plan, pairs, slots * (1 + width), **sizes)
@@ -87,6 +88,8 @@ def _place_kernel(
         before += tl.where(chunk < mine, counted, 0)
     tiles = tl.where(bins < BINS - 1, tl.cdiv(count, WIDTH), 0)
     first = tl.cumsum(tiles, 0) - tiles
+    if start == 0:
+        tl.store(plan_ptr + slots * (1 + WIDTH) + pairs, tl.sum(tiles, 0))
     index = tl.arange(0, OWN)
     pair = start + index
     ids = _load_bins(ids_ptr, pair, pairs, BINS)

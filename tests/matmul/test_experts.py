@@ -197,7 +197,7 @@ def test_the_plan_has_every_pair_once_in_a_tile_of_its_expert(kernel_on, pairs):
     expert, tiles, places = (
         plan[:slots],
         plan[slots : slots * (1 + width)].view(slots, width),
-        plan[slots * (1 + width) :],
+        plan[slots * (1 + width) : -1],
     )
     here = (ids >= 0).nonzero().flatten()
     assert torch.equal(tiles[tiles >= 0].sort().values, here.int())
@@ -206,6 +206,7 @@ def test_the_plan_has_every_pair_once_in_a_tile_of_its_expert(kernel_on, pairs):
     used = int((expert >= 0).sum())
     assert used == sum(-(-int((ids == each).sum()) // width) for each in range(experts))
     assert (expert[:used] >= 0).all()
+    assert plan[-1] == used
     assert (tiles[used:] < 0).all()
 
 

@@ -10,6 +10,7 @@ from qwantize_vllm.matmul.grouped_shapes import (
     _expected_rounds,
     choose_grouped_wgmma,
 )
+from tests.programs import run_program
 
 MIXTRAL_GATE_UP, MIXTRAL_DOWN = (8, 448, 64, 4, 256), (8, 64, 224, 4, 256)
 
@@ -34,3 +35,9 @@ def test_with_many_pairs_the_largest_tiles_are_chosen(words):
 @pytest.mark.parametrize(("filled", "rounds"), [(0.5, 1.0), (1.3, 2.0), (2.0, 2.5), (12.0, 12.5), (100.0, 100.5)])
 def test_rounds_are_whole_where_it_is_known_how_many_there_are(filled, rounds):
     assert _expected_rounds(filled) == pytest.approx(rounds, abs=0.01)
+
+
+def test_programs_share_the_tiles_that_have_an_expert_evenly():
+    """Each is multiplied once; compiled for Hopper, run on the CPU."""
+    pytest.importorskip("triton")
+    assert len(run_program("tests.emulate_places")) == 6
