@@ -52,13 +52,14 @@ def _rules(major: int | None) -> tuple[GroupedRule, ...]:
 
 
 # From so many pairs an expert on, on average, the kernel of gluon_grouped.py serves. On an H200, in the shapes chosen
-# below, it took 622 us where the rules above take 647 (8 experts of Mixtral's shape with 64 pairs each), 663 and 828
-# (96 each), 1,064 and 1,102 (128), 1,105 and 1,334 (192); for 128 of Qwen3-30B-A3B's 296 and 293 (64 each), 324 and 419
-# (96), 464 and 492 (128). With 16 the rules take 22 to 35 % less.
+# below, it took 599 us where the rules above take 670 (8 experts of Mixtral's shape with 64 pairs each), 656 and 838
+# (96 each), 977 and 1,096 (128), 1,100 and 1,347 (192); for 128 of Qwen3-30B-A3B's 289 and 294 (64 each), 323 and 415
+# (96), 475 and 486 (128). With 16 the rules take 22 to 35 % less.
 # `python scripts/tune_experts.py` says it of the GPU at hand.
 WGMMA_PAIRS = 64
 # Both products share a plan, so their tiles have as many tokens. Those of 128 are the best or within 3 % of it, but for
-# Mixtral's with 128 to 192 pairs each: there tiles of 256 took 947, 990 and 1,052 us, these 1,064, 1,099 and 1,105.
+# Mixtral's with 160 and 192 pairs each: there tiles of 256 took 981 and 1,018 us, these 1,093 and 1,100. That is with
+# random routing, where every expert needs one tile of 256 or two of 128; where some need one of 128 it is less.
 GROUPED_WGMMA_SHAPES = [shape for shape in STEPS if shape.tokens == 128]
 # Tokens are not spread evenly over experts: the number of tiles may differ by so much from what is expected. A guess:
 # with random routing its standard deviation is up to 7 % (8 experts, 128 pairs each).
