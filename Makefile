@@ -16,7 +16,7 @@ env:  ## make .venv and install everything into it, if need be
 quickstart: env  ## serve a small model quantized to NVFP4, ask it a question, stop the server
 	@$(BIN)/python scripts/quickstart.py
 
-test: env  ## the whole test suite; options for pytest in ARGS, e.g. make test ARGS="-m gpu"
+test: env  ## the test suite; options for pytest in ARGS, e.g. make test ARGS="-m gpu"
 	$(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 versions: env  ## the plugin's tests against the oldest and the newest vLLM supported

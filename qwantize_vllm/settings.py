@@ -2,8 +2,8 @@
 
 Sources, first wins, key by key:
 
-1. the checkpoint's `quantization_config`, which `--hf-overrides '{"quantization_config": {...}}'` or
-   `'{"quantization_config_file": "x.yaml"}'` sets or replaces;
+1. the checkpoint's `quantization_config`, which `--hf-overrides '{"quantization_config": {...}}'` sets or replaces, or
+   where there is none the file of `--hf-overrides '{"quantization_config_file": "x.yaml"}'`;
 2. `--additional-config '{"qwantize": {...}}'`;
 3. the variable QWANTIZE_CONFIG: the path of a YAML file;
 4. the defaults below.

@@ -4,9 +4,10 @@
 #   serve_examples/serve.sh [MODEL] [any option of vllm serve]
 #
 # MODEL is a name on the Hugging Face Hub or a directory; default: the small model that `make quickstart` made.
-# The settings of the quantization are in the variable SETTINGS, as JSON; vLLM hands them to the plugin as they are:
-#   SETTINGS='{"quant_method": "qwantize", "scale_search": "naive"}' serve_examples/serve.sh
-# Settings in a file work as well: serve_examples/serve.sh MODEL --hf-overrides '{"quantization_config_file": "x.yaml"}'
+# Settings of the quantization may be in the variable SETTINGS, as JSON:
+#   SETTINGS='{"scale_search": "naive"}' serve_examples/serve.sh
+# or in a file:
+#   QWANTIZE_CONFIG=configs/block32.yaml serve_examples/serve.sh
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -24,6 +25,7 @@ fi
 vllm=$root/.venv/bin/vllm
 [[ -x $vllm ]] || vllm=$(command -v vllm) || { echo "error: vllm is not installed: run make env" >&2; exit 1; }
 
-settings=${SETTINGS:-'{"quant_method": "qwantize", "scale_search": "optimal", "block_size": 16}'}
+options=(--quantization qwantize)
+[[ -z ${SETTINGS:-} ]] || options+=(--additional-config "{\"qwantize\": $SETTINGS}")
 
-exec "$vllm" serve "$model" --quantization qwantize --hf-overrides "{\"quantization_config\": $settings}" "$@"
+exec "$vllm" serve "$model" "${options[@]}" "$@"

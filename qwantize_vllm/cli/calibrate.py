@@ -11,6 +11,8 @@ from rich.console import Console
 from qwantize_vllm.cli.setting_names import settings_named
 from qwantize_vllm.hessian import merge_hessians
 
+DEFAULT_OUT = "hessians.safetensors"
+
 
 def run_calibration(
     model: Annotated[str | None, typer.Argument(help="Model name or directory, as `vllm serve` takes it.")] = None,
@@ -22,7 +24,7 @@ def run_calibration(
             help="UTF-8 text, or .jsonl, a chat (messages) or a text in every line.",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("hessians.safetensors"),
+    out: Annotated[Path | None, typer.Option(help=f"File to write; default: {DEFAULT_OUT}, but for --merge.")] = None,
     num_tokens: Annotated[int, typer.Option(min=1, help="Tokens to measure on, at most.")] = 32768,
     first_token: Annotated[int, typer.Option(min=0, help="Token of the texts at which to begin.")] = 0,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a window; each is read alone.")] = 1024,
@@ -54,11 +56,14 @@ def run_calibration(
         if merge:
             if model or text:
                 raise ValueError("--merge takes files that are there; leave MODEL and --text out")
+            if out is None:
+                raise ValueError("--merge needs --out, the file to write the sums to")
             info = merge_hessians(merge, out)
             console.print(f"wrote {out}: {info.tokens:,} tokens of {len(merge)} files")
             return
         if not (model and text):
             raise ValueError("give MODEL and --text, or files to --merge")
+        out = out or Path(DEFAULT_OUT)
         if out.resolve().parent == Path(model).resolve():
             raise ValueError(
                 f"--out {out} is in the model's directory, where vLLM would take it for weights; choose another"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from qwantize_vllm.plugin.fingerprint import sources_fingerprint
@@ -32,6 +34,12 @@ class QwantizeBaseConfig(QuantizationConfig):
     def get_config_filenames() -> list[str]:
         """None: settings come by other routes."""
         return []
+
+
+def overriding_file(config: VllmConfig) -> str | None:
+    """The settings file that --hf-overrides name. vLLM does not read it where there is a quantization_config."""
+    overrides = config.model_config.hf_overrides
+    return overrides.get("quantization_config_file") if isinstance(overrides, Mapping) else None
 
 
 def add_to_compile_key(additional: Any, settings: QwantizeSettings, **more: Any) -> None:

@@ -25,7 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from qwantize_vllm.checkpoint import LAYOUTS, Checkpoint
 from qwantize_vllm.checkpoint.export import NOTES, verify
 from qwantize_vllm.plugin.addresses import keep_latent_projections
-from qwantize_vllm.plugin.base_config import METHOD, QwantizeBaseConfig, add_to_compile_key
+from qwantize_vllm.plugin.base_config import METHOD, QwantizeBaseConfig, add_to_compile_key, overriding_file
 from qwantize_vllm.plugin.fusion import install_fusion
 from qwantize_vllm.plugin.invariance import check_backend
 from qwantize_vllm.plugin.moe import expert_members, why_not_experts
@@ -62,23 +62,27 @@ class PackedConfig(QwantizeBaseConfig):
     def settings(self) -> QwantizeSettings:
         """Of `--additional-config` and QWANTIZE_CONFIG, what still matters; first while vLLM builds the model."""
         if self._resolved is None:
-            additional = get_current_vllm_config().additional_config
+            config = get_current_vllm_config()
+            additional = config.additional_config
             extra = additional.get(METHOD, {}) if isinstance(additional, dict) else {}
             _, origin = resolve_settings({"--additional-config": extra, "QWANTIZE_CONFIG": environment_settings()})
             values = {**environment_settings(), **extra}
             used = {key: values[key] for key in _USED if key in values}
             self._resolved, _ = resolve_settings({"the settings": {**used, "block_size": self.packed.block_size}})
             logger.info("qwantize: the checkpoint is NVFP4 already (%s); nothing is searched", self.packed.layout.name)
-            if unused := [f"{key} (from {source})" for key, source in origin.items() if key not in _USED]:
+            unused = [f"{key} (from {source})" for key, source in origin.items() if key not in _USED]
+            if (file := overriding_file(config)) is not None:
+                unused.append(f"the file {file} (from --hf-overrides)")
+            if unused:
                 logger.warning("qwantize: without effect on such a checkpoint: %s", ", ".join(unused))
             if self.packed.activations:
                 logger.warning(
                     "qwantize: the checkpoint asks for activations of four bits too (W4A4); they stay as they are"
                 )
-            _look_at_files(get_current_vllm_config(), self._resolved.strict)
+            _look_at_files(config, self._resolved.strict)
             check_backend(self._resolved)
             add_to_compile_key(additional, self._resolved, packed=self.packed.layout.name)
-            install_fusion(get_current_vllm_config(), self._resolved)
+            install_fusion(config, self._resolved)
         return self._resolved
 
     @property

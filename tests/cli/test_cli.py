@@ -51,6 +51,16 @@ def test_calibrate_does_not_write_where_vllm_reads_weights(tmp_path):
     assert not out.exists()
 
 
+def test_merging_does_not_overwrite_what_calibrate_wrote_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hessians.safetensors").write_text("of before")
+    arguments = ["calibrate", "--merge", "hessians.safetensors", "--merge", "hessians.safetensors"]
+    result = runner.invoke(app, arguments, env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert "--merge needs --out" in result.output
+    assert (tmp_path / "hessians.safetensors").read_text() == "of before"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -182,7 +182,9 @@ def test_a_reload_reads_the_codes_again(found, served):
 @pytest.mark.parametrize("case", ["codes", "blocks of 32"])
 def test_other_exports_serve_their_codes(engines, found, case):
     outcome = engines.start(
-        found.folder / case, additional_config={"qwantize": {"scale_search": "naive", "strict": True}}
+        found.folder / case,
+        additional_config={"qwantize": {"scale_search": "naive", "strict": True}},
+        hf_overrides={"quantization_config_file": "other.yaml"},
     )
     held = tensors_of(outcome)
     for layer, q in found.expected(case).items():
@@ -191,7 +193,8 @@ def test_other_exports_serve_their_codes(engines, found, case):
             again = Nvfp4Tensor(q.codes, scales.view(torch.float8_e4m3fn), q.global_scale)
             assert_serves(held, layer, again)
     assert (IGNORED in served_layers(outcome)) == (case == "codes")
-    assert "without effect on such a checkpoint: scale_search (from --additional-config)" in outcome.log
+    (line,) = outcome.lines("without effect on such a checkpoint: ")
+    assert "scale_search (from --additional-config), the file other.yaml (from --hf-overrides)" in line
     assert settings_of(outcome)["strict"] is True
 
 

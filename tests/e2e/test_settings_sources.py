@@ -104,6 +104,15 @@ def test_the_stronger_route_wins_key_by_key(engines, routes, strongest):
     assert "backend (from the variable QWANTIZE_CONFIG)" in line
 
 
+def test_a_file_that_vllm_would_not_read_is_refused(engines, routes):
+    """It reads none for a checkpoint that has settings of its own."""
+    routes.checkpoint_config({"block_size": 32})
+    routes.file({"scale_search": "naive"})
+    log = engines.refuse(routes.checkpoint, **routes.arguments)
+    assert "overrides.yaml, which vLLM reads only where a model has no quantization_config" in log
+    assert "Loading safetensors" not in log
+
+
 def test_hf_overrides_replace_the_checkpoints_own_settings(engines, routes):
     routes.checkpoint_config({"block_size": 32})
     routes.hf_overrides({"scale_search": "naive"})

@@ -71,7 +71,10 @@ def test_kernels_of_vllm_refuse_a_checkpoint_with_blocks_of_32(backend, monkeypa
 
 
 def test_a_backend_that_is_not_batch_invariant_is_refused(monkeypatch):
-    running = SimpleNamespace(additional_config={"qwantize": {"backend": "marlin"}}, load_config=None)
+    model = SimpleNamespace(hf_overrides={})
+    running = SimpleNamespace(
+        additional_config={"qwantize": {"backend": "marlin"}}, load_config=None, model_config=model
+    )
     monkeypatch.setattr(packed, "get_current_vllm_config", lambda: running)
     monkeypatch.setattr(packed, "_look_at_files", lambda config, strict: None)
     monkeypatch.setattr(invariance.envs, "VLLM_BATCH_INVARIANT", True)
