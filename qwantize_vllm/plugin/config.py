@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from vllm import envs
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.platforms import current_platform
 from vllm.utils.system_utils import get_mp_context
 
 from qwantize_vllm.hessian import HessianFile
-from qwantize_vllm.plugin.base_config import METHOD, QwantizeBaseConfig, add_to_compile_key, overriding_file
+from qwantize_vllm.plugin.base_config import METHOD, QwantizeBaseConfig, add_to_compile_key
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.trust import PATHS, with_trusted_paths
@@ -104,12 +104,13 @@ class QwantizeConfig(QwantizeBaseConfig):
         if self._resolved is None:
             from qwantize_vllm.plugin.fusion import install_fusion
             from qwantize_vllm.plugin.invariance import check_backend
-            from qwantize_vllm.plugin.reloading import refuse_sparse_updates
+            from qwantize_vllm.plugin.refusals import refuse_unordered_load, refuse_unread_file, refuse_unsupported
 
             config = get_current_vllm_config()
-            refuse_sparse_updates(config)
+            refuse_unsupported(config)
+            refuse_unordered_load(config)
             if self._source == _CHECKPOINT:
-                _refuse_unread_file(config, self._given)
+                refuse_unread_file(config, self._given)
             additional = config.additional_config
             extra = additional.get(METHOD, {}) if isinstance(additional, dict) else {}
             own = with_trusted_paths(self._given, config) if self._source == _CHECKPOINT else self._given
@@ -137,15 +138,6 @@ class QwantizeConfig(QwantizeBaseConfig):
         from qwantize_vllm.plugin.methods import choose_method
 
         return choose_method(self, layer, prefix)
-
-
-def _refuse_unread_file(config: VllmConfig, given: Mapping[str, Any]) -> None:
-    if (file := overriding_file(config)) is not None:
-        raise ValueError(
-            f"qwantize settings: --hf-overrides name the file {file}, which vLLM reads only where a model has no "
-            f"quantization_config, and this one has {dict(given)}; give what replaces it: "
-            '--hf-overrides \'{"quantization_config": {"quant_method": "qwantize", …}}\''
-        )
 
 
 def _environment() -> dict[str, dict[str, Any]]:

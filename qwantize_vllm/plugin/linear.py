@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,16 +13,16 @@ import torch
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.plugin.cached import cached
+from qwantize_vllm.plugin.loaders import wrap_loaders
 from qwantize_vllm.plugin.rehearsal import begin_rehearsal, end_rehearsal
 from qwantize_vllm.plugin.reloading import check_arrived, old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
-from qwantize_vllm.plugin.versions import PROCESSED
+from qwantize_vllm.plugin.versions import DENSE_SHORTCUT, PROCESSED
 from qwantize_vllm.plugin.weights import Form, QuantizedLayer, choose_form
 from qwantize_vllm.search.gptq import GptqOptions
 from qwantize_vllm.search.quality import signal_and_noise
@@ -92,7 +93,7 @@ class QwantizeLinearMethod(LinearMethodBase):
             self._find_hessian(input_size // block_size)
         self.report.expect(self.name)
         begin_rehearsal(self.settings, input_size_per_partition, params_dtype, torch.empty(0).device)
-        initialize_online_processing(layer)
+        wrap_loaders(layer)
 
     @old_weights_on_error()
     def process_weights_after_loading(self, layer: LinearBase) -> None:
@@ -113,6 +114,8 @@ class QwantizeLinearMethod(LinearMethodBase):
         self._form = self._form or choose_form(self.settings, quantized)
         after = self._form.keep(layer, quantized)
         setattr(layer, PROCESSED, True)
+        if getattr(layer, DENSE_SHORTCUT, False):
+            setattr(layer, DENSE_SHORTCUT, False)
         self.report.quantized(self.name, weight.nbytes, after, signal, noise, began)
 
     def quantized_parts(self, layer: LinearBase, weight: torch.Tensor) -> list[tuple[torch.Tensor, Nvfp4Tensor]]:
@@ -147,7 +150,7 @@ class QwantizeLinearMethod(LinearMethodBase):
     def _quantize(self, layer: LinearBase, weight: torch.Tensor) -> list[Nvfp4Tensor]:
         parts = weight.split(self._widths(layer))
         group = get_tp_group() if layer.tp_size > 1 else None
-        amax = largest_over_ranks(torch.stack([matrix_amax(part) for part in parts]), group)
+        amax = largest_over_ranks(torch.stack([matrix_amax(part) for part in parts]), group, self.name)
         if not bool(torch.isfinite(amax).all()):
             raise ValueError(f"qwantize: {self.name}: {describe_nonfinite(weight)} (on this rank)")
         scales = resolve_global_scale(amax, "none" if self.settings.global_scale == "none" else "amax")
@@ -203,14 +206,26 @@ class QwantizeLinearMethod(LinearMethodBase):
         return _open_hessians(str(self.settings.hessian), self.settings.block_size)
 
 
-def largest_over_ranks(amax: torch.Tensor, group: Any) -> torch.Tensor:
-    """The largest amax of all shards of a layer, so that the global scale does not depend on tensor parallelism.
+def largest_over_ranks(amax: torch.Tensor, group: Any, name: str) -> torch.Tensor:
+    """The largest amax of all shards of the layer of a name: the global scale does not depend on tensor parallelism.
 
     group: vLLM's, of the ranks that have shards; None where this one has all. NaN becomes infinity first: every rank
     then sees it and raises, and none is left waiting.
+
+    Raises:
+        RuntimeError: another rank has come to another layer; on all ranks.
     """
     if group is None:
         return amax
+    number = zlib.crc32(name.encode())
+    bounds = torch.tensor([number, -number], device=amax.device)
+    torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX, group=group.device_group)
+    if bounds.sum() != 0:
+        raise RuntimeError(
+            f"qwantize: the ranks get their weights in different orders: this one has those of {name}, another one "
+            "those of another layer, and they must agree on a layer's global scale; start with a --load-format that "
+            "reads files one after the other, such as the default"
+        )
     amax = torch.where(amax.isnan(), torch.inf, amax)
     torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=group.device_group)
     return amax

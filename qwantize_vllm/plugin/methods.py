@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from qwantize_vllm.plugin.config import QwantizeConfig
 
 # What models call the linear layers that decide which experts a token is routed to, or how much a shared one counts.
-_GATES = ("gate", "router", "shared_expert_gate")
+_GATE = re.compile(r"gate|(\w+_)?router|(\w+_)?experts?_gate")
+# What vLLM calls a layer that gives the scores of classes. It gives it its bias by itself, from the file, in the place
+# and precision of the weight as it is then: of one that is on the meta device nothing would be left.
+_HEADS = ("score", "classifier")
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -55,6 +59,10 @@ def _why_left(config: QwantizeConfig, layer: LinearBase, prefix: str) -> str | N
     """Why a linear layer stays as it is though nobody named it; None where it is quantized."""
     if is_gate(layer, prefix) and not config.settings.quantize_gates:
         return "gate"
+    if isinstance(layer, ReplicatedLinear) and prefix.rpartition(".")[2] in _HEADS:
+        return "embedding or head"
+    if layer.params_dtype == torch.float32 != torch.get_default_dtype():  # the latter is the model's, while it is built
+        return "float32 in a model that is not"
     return "of vision or audio" if config.settings.towers == "leave" and is_of_tower(prefix) else None
 
 
@@ -93,7 +101,7 @@ def _leave_ignored(
 
 def is_gate(layer: LinearBase, prefix: str) -> bool:
     """Whether a layer decides which experts a token is routed to."""
-    return isinstance(layer, ReplicatedLinear) and prefix.rpartition(".")[2] in _GATES
+    return isinstance(layer, ReplicatedLinear) and _GATE.fullmatch(prefix.rpartition(".")[2]) is not None
 
 
 def _some(names: list[str]) -> str:

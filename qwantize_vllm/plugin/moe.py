@@ -13,7 +13,6 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_ep_group, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
-from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.utils import set_weight_attrs
 
 from qwantize_vllm.format import Nvfp4Tensor
@@ -22,6 +21,8 @@ from qwantize_vllm.matmul.experts import ACTIVATIONS
 from qwantize_vllm.plugin.cached import cached
 from qwantize_vllm.plugin.expert_weights import ExpertForm, QuantizedExperts, choose_expert_form
 from qwantize_vllm.plugin.linear import _open_hessians, largest_over_ranks
+from qwantize_vllm.plugin.loaders import wrap_loaders
+from qwantize_vllm.plugin.refusals import refuse_all2all
 from qwantize_vllm.plugin.rehearsal import end_rehearsal
 from qwantize_vllm.plugin.reloading import check_arrived, check_not_moved, old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
@@ -144,8 +145,9 @@ class QwantizeMoEMethod(ExpertMethod):
         if self.settings.hessian is not None:
             # Here, so that a file that does not fit is refused before weights are read.
             self._find_hessians(layer, hidden_size)
+        refuse_all2all(self.moe, self.name)
         self.report.expect(self.name)
-        initialize_online_processing(layer)
+        wrap_loaders(layer)
 
     @old_weights_on_error()
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
@@ -184,7 +186,7 @@ class QwantizeMoEMethod(ExpertMethod):
         """
         members = 2 if name == "w13" and self.settings.global_scale == "amax_per_member" else 1
         matrices = weight.unflatten(1, (members, -1))
-        amax = largest_over_ranks(matrix_amax(matrices), _group(self.moe))
+        amax = largest_over_ranks(matrix_amax(matrices), _group(self.moe), f"{self.name}.{name}")
         if not bool(torch.isfinite(amax).all()):
             whose = f"expert {experts[0]}" if len(experts) == 1 else "all experts"
             raise ValueError(f"qwantize: {self.name}: {name} of {whose}: {describe_nonfinite(weight)} (on this rank)")

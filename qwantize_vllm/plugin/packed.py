@@ -32,6 +32,7 @@ from qwantize_vllm.plugin.moe import expert_members, why_not_experts
 from qwantize_vllm.plugin.packed_experts import PackedMoEMethod
 from qwantize_vllm.plugin.packed_format import Packed, packed_of
 from qwantize_vllm.plugin.packed_linear import PackedLinearMethod
+from qwantize_vllm.plugin.refusals import refuse_unsupported
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.settings import QwantizeSettings, environment_settings, resolve_settings
 
@@ -63,6 +64,7 @@ class PackedConfig(QwantizeBaseConfig):
         """Of `--additional-config` and QWANTIZE_CONFIG, what still matters; first while vLLM builds the model."""
         if self._resolved is None:
             config = get_current_vllm_config()
+            refuse_unsupported(config)
             additional = config.additional_config
             extra = additional.get(METHOD, {}) if isinstance(additional, dict) else {}
             _, origin = resolve_settings({"--additional-config": extra, "QWANTIZE_CONFIG": environment_settings()})

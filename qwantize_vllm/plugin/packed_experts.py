@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoeWeightScaleSupported, RoutedExperts
-from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.utils import set_weight_attrs
 
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.plugin.expert_weights import QuantizedExperts
+from qwantize_vllm.plugin.loaders import wrap_loaders
 from qwantize_vllm.plugin.moe import ExpertMethod, local_experts
 from qwantize_vllm.plugin.packed_format import Packed
 from qwantize_vllm.plugin.packed_tensors import check_dtype, check_scales, input_scales, members_kept
+from qwantize_vllm.plugin.refusals import refuse_all2all
 from qwantize_vllm.plugin.reloading import old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.versions import PROCESSED
@@ -66,8 +67,9 @@ class PackedMoEMethod(ExpertMethod):
             for name in (layout.global_scale, *input_scales(self.packed)):
                 data = torch.empty(num_experts, len(_SHARDS[weight]), device="meta", dtype=torch.float32)
                 self._add(layer, weight, name, data, functools.partial(_load_scalar, layer), extra_weight_attrs)
+        refuse_all2all(self.moe, self.name)
         self.report.expect(self.name)
-        initialize_online_processing(layer)
+        wrap_loaders(layer)
 
     @old_weights_on_error()
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:

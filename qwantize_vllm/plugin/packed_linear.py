@@ -14,9 +14,9 @@ from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter, PerTensorScaleParameter
 
+from qwantize_vllm.plugin.loaders import wrap_loaders
 from qwantize_vllm.plugin.packed_format import Packed
 from qwantize_vllm.plugin.packed_tensors import check_dtype, check_scales, input_scales, members_kept
 from qwantize_vllm.plugin.reloading import old_weights_on_error
@@ -75,7 +75,7 @@ class PackedLinearMethod(LinearMethodBase):
             data = torch.empty(len(output_partition_sizes), dtype=torch.float32, device="meta")
             layer.register_parameter(name, PerTensorScaleParameter(data=data, weight_loader=self._noting(name, loader)))
         self.report.expect(self.name)
-        initialize_online_processing(layer)
+        wrap_loaders(layer)
 
     @old_weights_on_error()
     def process_weights_after_loading(self, layer: LinearBase) -> None:

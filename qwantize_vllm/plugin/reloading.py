@@ -88,20 +88,6 @@ def check_not_moved(runner: Any, name: str, physical: int, logical: int) -> None
         )
 
 
-def refuse_sparse_updates(config: Any) -> None:
-    """See that an engine with vLLM's config is not to get single elements of its dense weights, which it has not kept.
-
-    Raises:
-        ValueError: it is.
-    """
-    transfer = getattr(config, "weight_transfer_config", None)
-    if transfer is not None and transfer.backend == "sparse_nccl":
-        raise ValueError(
-            "qwantize: weight_transfer_config has backend 'sparse_nccl', which changes single elements of dense "
-            "weights; quantized layers do not keep those: use a backend that sends whole weights, 'nccl' or 'ipc'"
-        )
-
-
 @contextlib.contextmanager
 def old_weights_on_error() -> Iterator[None]:
     """What fails inside ends the update: the layers that it has not reached get their old weights back."""

@@ -17,6 +17,8 @@ from importlib import metadata
 OLDEST, NEWEST = "0.25.1", "0.33.0"
 # Set on a layer whose weight has been quantized; vLLM's reload clears it.
 PROCESSED = "_already_called_process_weights_after_loading"
+# Set on a projection of DeepSeek-V3's shape on Hopper and Blackwell: vLLM then multiplies with its weight by itself.
+DENSE_SHORTCUT = "_use_min_latency_gemm"
 # The packages that the kernels of vLLM need, and their distributions: 0.25.1 says that its Humming kernel can run
 # without looking whether Humming is installed.
 KERNEL_NEEDS = {"marlin": {"vllm": "vllm"}, "humming": {"vllm": "vllm", "humming": "humming-kernels"}}

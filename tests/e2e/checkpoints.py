@@ -23,6 +23,7 @@ FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
     "w13": ("w1", "w3"),  # of an expert of Mixtral
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),  # of DeepSeek, where queries are compressed
 }
 _MEMBER_OF = {member: fused for fused, members in FUSED.items() for member in members}
 

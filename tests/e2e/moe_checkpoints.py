@@ -76,6 +76,8 @@ DEEPSEEK = {
     "norm_topk_prob": False,
     "routed_scaling_factor": 1.0,
 }
+# As DeepSeek-V3, whose queries are compressed too; vLLM fuses what does that with kv_a_proj_with_mqa.
+DEEPSEEK_V3 = {**DEEPSEEK, "q_lora_rank": 96}
 # As DeepSeek-V3 it has a bias in its router.
 GLM4 = {
     **_COMMON,
@@ -214,8 +216,11 @@ def _latent_attention(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         config[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
     )
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    queries: dict[str, tuple[int, ...]] = {"q_proj": (heads * (nope + rope), hidden)}
+    if inner := config["q_lora_rank"]:
+        queries = {"q_a_proj": (inner, hidden), "q_a_layernorm": (inner,), "q_b_proj": (heads * (nope + rope), inner)}
     return {
-        "q_proj": (heads * (nope + rope), hidden),
+        **queries,
         "kv_a_proj_with_mqa": (rank + rope, hidden),
         "kv_a_layernorm": (rank,),
         "kv_b_proj": (heads * (nope + value), rank),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from .architectures import CAUSAL, write_bert, write_blip2, write_causal
+from .checkpoints import write_tiny
 from .compare import assert_agree, assert_serves, sequences_of, served_layers, tensors_of
 from .conftest import TINY_PROMPTS, Engines
 from .dequantized import dequantize_on_load, with_quantized
@@ -74,6 +75,31 @@ def test_bert(engines, tmp_path):
     difference = (ours.result["embeddings"] - theirs.result["embeddings"]).abs().max()
     assert difference <= TOLERANCE
     assert ours.result["embeddings"].norm(dim=1).min() > 0.99
+
+
+def classify(llm: Any) -> dict[str, Any]:
+    prompts = [{"prompt_token_ids": list(prompt)} for prompt in TINY_PROMPTS]
+    outputs = llm.classify(prompts, use_tqdm=False)
+    probabilities = torch.tensor([output.outputs.probs for output in outputs])
+    return {"probabilities": probabilities, "models": llm.apply_model(describe_model)}
+
+
+def test_classifier(engines, tmp_path):
+    """The layer that gives the scores stays as it is, with its bias, which vLLM adds to it while it loads."""
+
+    def with_scores(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["lm_head.weight"]
+        tensors["score.weight"] = torch.randn(3, 128, generator=torch.Generator().manual_seed(1)) / 11
+        tensors["score.bias"] = torch.tensor([1.0, -0.5, 0.25])
+
+    labels = {"id2label": {str(i): f"class {i}" for i in range(3)}, "num_labels": 3}
+    config = {"architectures": ["LlamaForSequenceClassification"], **labels}
+    checkpoint = write_tiny(tmp_path / "checkpoint", with_scores, **config)
+    ours = engines.start(checkpoint, classify, dtype="float32", runner="pooling")
+    assert len(served_layers(ours)) == 2 * 4
+    theirs = start_dequantized(engines, checkpoint, ours, classify, runner="pooling")
+    difference = (ours.result["probabilities"] - theirs.result["probabilities"]).abs().max()
+    assert difference <= TOLERANCE
 
 
 def look(llm: Any) -> dict[str, Any]:

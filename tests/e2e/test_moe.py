@@ -16,14 +16,25 @@ from qwantize_vllm.hessian import HessianFile
 from .checkpoints import quantize_checkpoint, write_byte_tokenizer
 from .compare import assert_agree, assert_scores_agree, assert_serves, sequences_of, served_layers, tensors_of
 from .conftest import TINY_PROMPTS
-from .moe_checkpoints import DEEPSEEK, EXPERTS, HIDDEN, INNER, MIXTRAL, QWEN3, mixture_layers, stacked, write_moe
+from .moe_checkpoints import (
+    DEEPSEEK,
+    DEEPSEEK_V3,
+    EXPERTS,
+    HIDDEN,
+    INNER,
+    MIXTRAL,
+    QWEN3,
+    mixture_layers,
+    stacked,
+    write_moe,
+)
 from .probe import probe
 from .test_commands import qwantize
 from .test_reload import reload_twice
 from .test_tensor_parallel import TWO_RANKS
 
 pytestmark = pytest.mark.e2e
-MODELS = {"mixtral": MIXTRAL, "qwen3": QWEN3, "deepseek": DEEPSEEK}
+MODELS = {"mixtral": MIXTRAL, "qwen3": QWEN3, "deepseek": DEEPSEEK, "deepseek v3": DEEPSEEK_V3}
 # In float32 no rounding decides who computes. On a CPU vLLM 0.32 gets latent attention wrong where several prompts are
 # in a batch, quantized or not, so they come one by one; and its AMX kernels for that take no float32. Models without
 # latent attention do not use the backend that is named here.
@@ -64,6 +75,27 @@ def test_model_is_that_of_its_dequantized_checkpoint(engines, tmp_path, name):
     assert f"{len(expected) - len(experts) + mixtures} layers quantized" in summary
     theirs = engines.start_dequantized(checkpoint, expected, ours, **ARGUMENTS)
     assert_agree(ours, theirs, 1e-4)
+
+
+def take_the_dense_shortcut() -> None:
+    """As vLLM does on Hopper where this projection has the sizes of DeepSeek-V3."""
+    from vllm.model_executor.models.deepseek_v2 import DeepSeekV2FusedQkvAProjLinear as Projection
+
+    make = Projection.__init__
+
+    def make_with_shortcut(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        self._use_min_latency_gemm = True
+
+    Projection.__init__ = make_with_shortcut
+
+
+def test_no_kernel_of_vllms_reads_the_weight_of_a_quantized_projection(engines, tmp_path):
+    checkpoint = write_moe(tmp_path / "checkpoint", DEEPSEEK_V3)
+    ours = engines.start(checkpoint, **ARGUMENTS)
+    use = functools.partial(probe, prompts=TINY_PROMPTS, sequences=sequences_of(ours))
+    shortcut = engines.start(checkpoint, use, before=take_the_dense_shortcut, **ARGUMENTS)
+    assert_scores_agree(ours.result["own_scores"], shortcut.result["scores"], 1e-6)
 
 
 def test_half_precision(engines, tmp_path):

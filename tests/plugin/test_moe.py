@@ -28,21 +28,49 @@ def config_with(**settings):
     return config
 
 
-@pytest.mark.parametrize("name", ["gate", "router", "shared_expert_gate"])
-def test_gates_are_left_unless_asked_for(name):
+def replicated(dtype=torch.bfloat16):
     layer = ReplicatedLinear.__new__(ReplicatedLinear)
     torch.nn.Module.__init__(layer)
+    layer.params_dtype = dtype
+    return layer
+
+
+@pytest.fixture
+def model_in_bfloat16():
+    """The default dtype while vLLM builds it."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+GATES = ["gate", "router", "shared_expert_gate", "text_experts_gate", "v_router"]
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gates_are_left_unless_asked_for(name, model_in_bfloat16):
+    layer = replicated()
     prefix = f"model.layers.0.mlp.{name}"
     assert isinstance(config_with().get_quant_method(layer, prefix), UnquantizedLinearMethod)
     assert isinstance(config_with(quantize_gates=True).get_quant_method(layer, prefix), QwantizeLinearMethod)
     # What merely sounds like one is quantized.
-    assert isinstance(config_with().get_quant_method(layer, "model.layers.0.mlp.gate_proj"), QwantizeLinearMethod)
+    for other in ("mlp.gate_proj", "per_layer_input_gate"):
+        assert isinstance(config_with().get_quant_method(layer, f"model.layers.0.{other}"), QwantizeLinearMethod)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "dtype"), [("score", torch.bfloat16), ("classifier", torch.bfloat16), ("model.a", torch.float32)]
+)
+def test_heads_and_layers_that_a_model_keeps_in_float32_are_left(prefix, dtype, model_in_bfloat16):
+    method = config_with().get_quant_method(replicated(dtype), prefix)
+    assert isinstance(method, UnquantizedLinearMethod)
 
 
 def moe_config(**changes):
     values = {"hidden_dim": 64, "intermediate_size_per_partition": 32, "has_bias": False, "swiglu_limit": None}
     values["is_lora_enabled"] = False
-    return types.SimpleNamespace(**values | {"activation": MoEActivation.SILU, "tp_rank": 0, "tp_size": 1} | changes)
+    parallel = types.SimpleNamespace(use_all2all_kernels=False)
+    more = {"activation": MoEActivation.SILU, "tp_rank": 0, "tp_size": 1, "moe_parallel_config": parallel}
+    return types.SimpleNamespace(**values | more | changes)
 
 
 @pytest.mark.parametrize(

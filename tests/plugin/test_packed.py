@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.config import OffloadConfig
+
 from qwantize_vllm.checkpoint import LAYOUTS
 from qwantize_vllm.plugin import invariance, packed
 from qwantize_vllm.plugin.config import QwantizeConfig
@@ -59,10 +61,19 @@ def test_nvfp4_checkpoints_are_ours(case):
     assert pickle.loads(pickle.dumps(made)).packed == packed
 
 
+def running_with(backend):
+    return SimpleNamespace(
+        additional_config={"qwantize": {"backend": backend}},
+        load_config=None,
+        model_config=SimpleNamespace(hf_overrides={}),
+        offload_config=OffloadConfig(),
+    )
+
+
 @pytest.mark.parametrize("backend", ["vllm", "marlin", "humming"])
 def test_kernels_of_vllm_refuse_a_checkpoint_with_blocks_of_32(backend, monkeypatch):
     """Of experts too, which are not built by then."""
-    running = SimpleNamespace(additional_config={"qwantize": {"backend": backend}})
+    running = running_with(backend)
     monkeypatch.setattr(packed, "get_current_vllm_config", lambda: running)
     monkeypatch.delenv("QWANTIZE_CONFIG", raising=False)
     config = QwantizeConfig.from_config(LAYOUTS["qwantize"].config([], 32))
@@ -71,10 +82,7 @@ def test_kernels_of_vllm_refuse_a_checkpoint_with_blocks_of_32(backend, monkeypa
 
 
 def test_a_backend_that_is_not_batch_invariant_is_refused(monkeypatch):
-    model = SimpleNamespace(hf_overrides={})
-    running = SimpleNamespace(
-        additional_config={"qwantize": {"backend": "marlin"}}, load_config=None, model_config=model
-    )
+    running = running_with("marlin")
     monkeypatch.setattr(packed, "get_current_vllm_config", lambda: running)
     monkeypatch.setattr(packed, "_look_at_files", lambda config, strict: None)
     monkeypatch.setattr(invariance.envs, "VLLM_BATCH_INVARIANT", True)
