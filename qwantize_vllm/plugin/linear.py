@@ -111,7 +111,7 @@ class QwantizeLinearMethod(LinearMethodBase):
         parts = self.quantized_parts(layer, weight)
         signal, noise = map(sum, zip(*(signal_and_noise(*part) for part in parts), strict=True))
         quantized = QuantizedLayer.of([q for _, q in parts], weight.dtype)
-        self._form = self._form or choose_form(self.settings, quantized)
+        self._form = self._form or choose_form(self.settings, quantized, self.name)
         after = self._form.keep(layer, quantized)
         setattr(layer, PROCESSED, True)
         if getattr(layer, DENSE_SHORTCUT, False):

@@ -105,7 +105,8 @@ class PackedMoEMethod(ExpertMethod):
         ) -> bool | None:
             here = loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
             if here:
-                check_dtype(f"{self.name}.{expert_id}", name, self.packed.layout, param, loaded_weight)
+                with old_weights_on_error():
+                    check_dtype(f"{self.name}.{expert_id}", name, self.packed.layout, param, loaded_weight)
                 if param.device.type != "meta":  # where vLLM only counts what would be loaded
                     # With load balancing copies of an expert have numbers of their own, as in local_experts.
                     self._arrived.add((name, expert_id % self.moe.num_logical_experts, shard_id))

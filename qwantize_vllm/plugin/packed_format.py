@@ -34,10 +34,12 @@ def packed_of(config: Mapping[str, Any]) -> Packed:
     if method == "qwantize" and config.get("packed"):
         return Packed(LAYOUTS["qwantize"], int(config.get("block_size", 16)), False)
     if method == "compressed-tensors":
-        groups = dict(config.get("config_groups") or {})
-        kinds = {_kind(group.get("weights")) for group in groups.values()}
+        if transforms := _online_transforms(config):
+            raise _refusal(f"compressed-tensors with transforms of activations ({', '.join(transforms)})")
+        groups = [group for group in dict(config.get("config_groups") or {}).values() if not _of_attention(group)]
+        kinds = {_kind(group.get("weights")) for group in groups}
         if kinds == {"NVFP4"}:
-            activations = any(group.get("input_activations") for group in groups.values())
+            activations = any(group.get("input_activations") for group in groups)
             return Packed(LAYOUTS["compressed-tensors"], 16, activations)
         raise _refusal(f"compressed-tensors with {' and '.join(sorted(kinds)) or 'no'} weights")
     if method.startswith("modelopt"):
@@ -46,6 +48,19 @@ def packed_of(config: Mapping[str, Any]) -> Packed:
             return Packed(LAYOUTS["modelopt"], 16, _MODELOPT_ALGORITHMS[algorithm] and not _weight_only(config))
         raise _refusal(f"ModelOpt {algorithm or 'without a quant_algo'}")
     raise _refusal(method or "a method that is not named")
+
+
+def _online_transforms(config: Mapping[str, Any]) -> list[str]:
+    """Where activations are to be multiplied by matrices that weights were multiplied by, as in QuIP and SpinQuant."""
+    schemes = dict((config.get("transform_config") or {}).get("config_groups") or {}).values()
+    locations = {str(each.get("location")) for scheme in schemes for each in scheme.get("apply") or ()}
+    return sorted(locations - {"weight_input", "weight_output"})
+
+
+def _of_attention(group: Mapping[str, Any]) -> bool:
+    """Whether a group says how attention is computed, not what weights are; vLLM drops it too."""
+    targets = list(group.get("targets") or ())
+    return len(targets) == 1 and str(targets[0]).endswith("Attention")
 
 
 def _kind(weights: Mapping[str, Any] | None) -> str:

@@ -84,11 +84,11 @@ class PackedLinearMethod(LinearMethodBase):
             return
         began = time.perf_counter()
         layout = self.packed.layout
-        self._check_arrived(len(layer.logical_widths))
+        arrived, self._arrived = self._arrived, Counter()  # of an update that is refused nothing counts for the next
+        self._check_arrived(arrived, len(layer.logical_widths))
         codes, block_scales, scales = (getattr(layer, name).data for name in layout.names)
-        if self._arrived[layout.global_scale, None] and len(layer.logical_widths) > 1:
+        if arrived[layout.global_scale, None] and len(layer.logical_widths) > 1:
             scales = scales[:1]  # fused in the checkpoint too: vLLM loads its only scale as the first
-        self._arrived.clear()
         factors = layout.factor(scales)
         check_scales(self.name, layout, block_scales, factors)
         for name in {*layout.names, *input_scales(self.packed)} - {"weight", "weight_scale", "weight_global_scale"}:
@@ -102,7 +102,7 @@ class PackedLinearMethod(LinearMethodBase):
                 "of this one have different ones in the checkpoint; choose backend: auto"
             )
         self._members = members_kept(self.name, "its members", len(quantized.widths), self._members)
-        self._form = self._form or choose_form(self.settings, quantized)
+        self._form = self._form or choose_form(self.settings, quantized, self.name)
         after = self._form.keep(layer, quantized)
         setattr(layer, PROCESSED, True)
         self.report.quantized(self.name, 0, after, 0.0, 0.0, began)
@@ -116,7 +116,8 @@ class PackedLinearMethod(LinearMethodBase):
         @functools.wraps(loader)
         def load(param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             member = args[0] if args else next(iter(kwargs.values()), None)
-            check_dtype(self.name, name, self.packed.layout, param, loaded_weight)
+            with old_weights_on_error():
+                check_dtype(self.name, name, self.packed.layout, param, loaded_weight)
             result = loader(param, loaded_weight, *args, **kwargs)
             if param.device.type != "meta":  # where vLLM only counts what would be loaded
                 self._arrived[name, member] += 1
@@ -124,9 +125,9 @@ class PackedLinearMethod(LinearMethodBase):
 
         return load
 
-    def _check_arrived(self, members: int) -> None:
+    def _check_arrived(self, arrived: Counter[tuple[str, Any]], members: int) -> None:
         for name in self.packed.layout.names:
-            parts = {member for (each, member), count in self._arrived.items() if each == name and count}
+            parts = {member for (each, member), count in arrived.items() if each == name and count}
             if None not in parts and len(parts) < members:
                 raise ValueError(
                     f"qwantize: {self.name}: the checkpoint lacks {name} of {members - len(parts)} of {members} members"

@@ -16,6 +16,9 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.model_loader.reload import layerwise
 
+# By which loaders are told which part of a parameter they get; DBRX's by the name alone.
+_PARTS = ("loaded_shard_id", "shard_id", "expert_id", "weight_name")
+
 
 def check_arrived(layer: torch.nn.Module, name: str, numel: int, members: str) -> None:
     """See that every element of a layer's weights was given, once.
@@ -45,8 +48,7 @@ def check_arrived(layer: torch.nn.Module, name: str, numel: int, members: str) -
             f"give all of {members} (on this rank)"
         )
     parts = Counter(
-        (parameter, *(given.arguments.get(key) for key in ("loaded_shard_id", "shard_id", "expert_id")))
-        for parameter, given in info.loaded_weights
+        (parameter, *(given.arguments.get(key) for key in _PARTS)) for parameter, given in info.loaded_weights
     )
     if twice := [part for part, count in parts.items() if count > 1]:
         which = ", ".join(" ".join(str(each) for each in part if each is not None) for part in twice)

@@ -47,6 +47,13 @@ def warn_if_untested() -> None:
         )
 
 
+def takes_latent_words() -> bool:
+    """Whether latent attention leaves its input as it is where the projection's weight is of words of 32 bits."""
+    from vllm.model_executor.layers.attention import mla_attention
+
+    return hasattr(mla_attention, "_get_kv_b_proj_input_dtype")
+
+
 def _release(version: str) -> tuple[int, ...]:
     """(0, 25) of "0.25.1+cpu", as far as fixes go; empty for "dev"."""
     found = re.match(r"(\d+)\.(\d+)", version)

@@ -12,6 +12,7 @@ import functools
 from typing import Protocol
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.utils import replace_parameter
 
@@ -22,9 +23,12 @@ from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.plugin.addresses import same_addresses
 from qwantize_vllm.plugin.invariance import plain_backend, swizzled_backend
 from qwantize_vllm.plugin.kernels_ahead import prepare_kernels
+from qwantize_vllm.plugin.versions import installed, takes_latent_words
 from qwantize_vllm.plugin.vllm_kernels import KERNELS, describe, make_kernel
 from qwantize_vllm.settings import QwantizeSettings
 
+logger = init_logger(f"vllm.{__name__}")
+_OF_LATENT_ATTENTION = "kv_b_proj"  # as all models call it
 _NAMES = ("weight", "weight_scale", "weight_global_scale")
 # Of activations that the kernels for swizzled weights take.
 _SWIZZLED_DTYPES = (torch.bfloat16, torch.float16)
@@ -74,14 +78,22 @@ class Form(Protocol):
         """x (..., K) . W' + bias."""
 
 
-def choose_form(settings: QwantizeSettings, quantized: QuantizedLayer) -> Form:
-    """The form that the setting `backend` asks for; for auto, the one that is multiplied fastest."""
+def choose_form(settings: QwantizeSettings, quantized: QuantizedLayer, name: str) -> Form:
+    """The form that the setting `backend` asks for, for the layer of a name; for auto, the one that is multiplied
+    fastest."""
     _ask_for_amx()
-    if settings.backend in ("vllm", *KERNELS):
-        return VllmForm(settings.backend)
-    if settings.backend == "auto" and quantized.codes.is_cuda and quantized.dtype in _SWIZZLED_DTYPES:
-        return SwizzledForm(quantized, settings.fuse_norms)
-    return PlainForm(quantized, plain_backend(settings.backend, quantized.codes.is_cuda))
+    backend, latent = settings.backend, name.rpartition(".")[2] == _OF_LATENT_ATTENTION
+    if backend in ("vllm", *KERNELS) and latent and not takes_latent_words():
+        logger.warning(
+            "qwantize: %s is served by backend auto, not by %s, with which vLLM %s makes integers of its input",
+            *(name, backend, installed()),
+        )
+        backend = "auto"
+    if backend in ("vllm", *KERNELS):
+        return VllmForm(backend)
+    if backend == "auto" and quantized.codes.is_cuda and quantized.dtype in _SWIZZLED_DTYPES:
+        return (LatentForm if latent else SwizzledForm)(quantized, settings.fuse_norms)
+    return PlainForm(quantized, plain_backend(backend, quantized.codes.is_cuda))
 
 
 @functools.cache
@@ -143,13 +155,29 @@ class SwizzledForm:
         gated = len(members) == 2 and members[0] == members[1]
         served = dataclasses.replace(weight, global_scale=scale)
         prepare_kernels(LinearKernels(served, quantized.dtype, getattr(layer, "bias", None), normed, gated))
-        return _replace(layer, weight.words, weight.scales, scale)
+        return _replace(layer, self.held(weight.words), weight.scales, scale)
+
+    def held(self, words: torch.Tensor) -> torch.Tensor:
+        """As `weight` is on the layer."""
+        return words
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         # Dynamo follows this for every layer: what it would follow into, once more each time, is avoided.
         weight, scales, global_scale = layer.weight, layer.weight_scale, layer.weight_global_scale
         rest = (layer.weight_arrived, bias, self.rows, self.block_size, self.backend)
         return matmul_swizzled_op(x, weight, scales, global_scale, *rest)
+
+
+class LatentForm(SwizzledForm):
+    """For the projection that latent attention takes apart, and multiplies by where a prompt goes on behind what is in
+    the cache: vLLM then casts the input to the dtype of `weight`, but for uint8, so the words are held as bytes."""
+
+    def held(self, words: torch.Tensor) -> torch.Tensor:
+        return words.view(torch.uint8)
+
+    def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        tensors = (layer.weight.view(torch.int16), layer.weight_scale, layer.weight_global_scale, layer.weight_arrived)
+        return matmul_swizzled_op(x, *tensors, bias, self.rows, self.block_size, self.backend)
 
 
 class VllmForm:

@@ -50,7 +50,7 @@ def as_on_hopper() -> None:
 
     op.run_swizzled = lambda x, weight, bias, *rest: matmul_reference(x, unswizzle(weight), bias)
     op.norm_alone, op.gate_alone = norm_alone, gate_alone
-    linear.choose_form = lambda settings, quantized: SwizzledForm(quantized, settings.fuse_norms)
+    linear.choose_form = lambda settings, quantized, name: SwizzledForm(quantized, settings.fuse_norms)
     fusion.current_platform = types.SimpleNamespace(is_cuda=lambda: True, pass_key="post_grad_custom_post_pass")
     fusion.capability_major = lambda device: 9
     torch.cuda.current_device = lambda: 0

@@ -58,6 +58,15 @@ def test_model_is_that_of_its_dequantized_checkpoint(engines, tmp_path, name):
     assert_agree(ours, theirs, TOLERANCE[case.dtype])
 
 
+def test_the_transformers_backend(engines, tiny):
+    """What vLLM takes for models that it has no class for."""
+    expected = quantize_checkpoint(tiny, torch.float32)
+    ours = engines.start(tiny, dtype="float32", model_impl="transformers")
+    assert len(served_layers(ours)) == len(expected)
+    theirs = engines.start_dequantized(tiny, expected, ours, dtype="float32")
+    assert_agree(ours, theirs, TOLERANCE["float32"])
+
+
 def test_a_global_scale_for_each_member(engines, tmp_path):
     """Fused layers hold their members one below the other, each quantized as if it stood alone."""
     checkpoint = write_tiny(tmp_path / "checkpoint", **QWEN2)

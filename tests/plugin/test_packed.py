@@ -38,12 +38,27 @@ OURS = {
     "NVFP4 by name, weights by its groups": ({**MODELOPT, "quant_algo": "NVFP4"}, "modelopt", False),
     "own": (LAYOUTS["qwantize"].config([], 32), "qwantize", False),
 }
+ATTENTION = {"targets": ["LlamaAttention"], "weights": None, "input_activations": {"num_bits": 8, "type": "float"}}
+OURS["with a group for attention"] = (
+    {**CT, "config_groups": {**CT["config_groups"], "group_1": ATTENTION}},
+    "compressed-tensors",
+    False,
+)
+
+
+def rotated(*locations):
+    apply = [{"targets": ["Linear"], "location": location} for location in locations]
+    return {**CT, "transform_config": {"config_groups": {"R": {"type": "hadamard", "apply": apply}}}}
+
+
+OURS["with transforms of weights"] = (rotated("weight_input", "weight_output"), "compressed-tensors", False)
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
 OTHERS = {
     "awq": ({"quant_method": "awq", "bits": 4}, "by awq"),
     "gptq": ({"quant_method": "gptq", "bits": 4}, "by gptq"),
     "fp8": ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "by fp8"),
     "ct int4": (group(weights=INT4), r"by compressed-tensors with int4 \(group\) weights"),
+    "ct transforms": (rotated("input", "weight_input"), r"compressed-tensors with transforms of activations \(input\)"),
     "ct nothing": ({"quant_method": "compressed-tensors"}, "by compressed-tensors with no weights"),
     "modelopt fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, "by ModelOpt FP8"),
     "modelopt mixed": ({"quant_method": "modelopt_mixed", "quant_algo": "MIXED_PRECISION"}, "ModelOpt MIXED_PRECISION"),

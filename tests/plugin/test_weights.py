@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from qwantize_vllm import QwantizeSettings, quantize_nvfp4
 from qwantize_vllm.plugin import weights
 from qwantize_vllm.plugin.weights import (
+    LatentForm,
     PlainForm,
     QuantizedLayer,
     SwizzledForm,
@@ -62,6 +63,37 @@ def test_a_form_multiplies_by_what_it_keeps(kernel_on, widths, form_of, with_bia
     assert relative_error(form.apply(layer, x, bias), exact) < TOLERANCE[torch.float16]
 
 
+def test_latent_attention_sees_bytes_and_leaves_its_input_as_it_is(kernel_on):
+    """vLLM casts what is multiplied by it to the dtype of this weight, but for uint8 (0.25 to 0.33)."""
+    quantized = quantize([70], kernel_on)
+    layer, form = new_layer(kernel_on), LatentForm(quantized, fuse_norms=False)
+    form.keep(layer, quantized)
+    assert layer.weight.dtype == torch.uint8
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0)).half().to(kernel_on)
+    assert relative_error(form.apply(layer, x, None), exact_product(x, quantized)) < TOLERANCE[torch.float16]
+    form.keep(layer, quantize([70], kernel_on, seed=1))  # a reload
+    assert layer.weight.dtype == torch.uint8
+
+
+@pytest.mark.gpu
+def test_the_projection_of_latent_attention_gets_that_form():
+    form = choose_form(QwantizeSettings(), quantize([70], "cuda"), "model.layers.0.self_attn.kv_b_proj")
+    assert isinstance(form, LatentForm)
+
+
+def test_the_projection_of_latent_attention_is_not_for_kernels_of_vllm_that_it_would_misread(monkeypatch):
+    name = "model.layers.0.self_attn.kv_b_proj"
+    warnings = []
+    monkeypatch.setattr(weights.logger, "warning", lambda *args: warnings.append(args[0] % args[1:]))
+    monkeypatch.setattr(weights, "make_kernel", lambda name: KernelWithWorkspace())
+    monkeypatch.setattr(weights, "takes_latent_words", lambda: False)
+    assert isinstance(choose_form(QwantizeSettings(backend="marlin"), quantize([70]), name), PlainForm)
+    assert f"{name} is served by backend auto, not by marlin" in warnings[0]
+    monkeypatch.setattr(weights, "takes_latent_words", lambda: True)
+    assert isinstance(choose_form(QwantizeSettings(backend="marlin"), quantize([70]), name), VllmForm)
+    assert len(warnings) == 1
+
+
 def test_a_reload_keeps_the_scratch_that_cuda_graphs_know(kernel_on):
     first, second = quantize([70], kernel_on), quantize([70], kernel_on, seed=1)
     layer, form = new_layer(kernel_on), SwizzledForm(first, fuse_norms=False)
@@ -100,7 +132,7 @@ def test_a_reload_keeps_what_kernels_of_vllm_work_in(monkeypatch):
 
 
 def test_a_cpu_gets_the_plain_form():
-    assert isinstance(choose_form(QwantizeSettings(), quantize([70])), PlainForm)
+    assert isinstance(choose_form(QwantizeSettings(), quantize([70]), "o_proj"), PlainForm)
 
 
 def test_amx_is_asked_for_before_the_attention_of_vllm_takes_it(monkeypatch):
@@ -108,7 +140,7 @@ def test_amx_is_asked_for_before_the_attention_of_vllm_takes_it(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: asked.append(True), raising=False)
     _ask_for_amx.cache_clear()
-    choose_form(QwantizeSettings(), quantize([70]))
+    choose_form(QwantizeSettings(), quantize([70]), "o_proj")
     assert asked == [True]
     _ask_for_amx.cache_clear()
 
@@ -116,14 +148,14 @@ def test_amx_is_asked_for_before_the_attention_of_vllm_takes_it(monkeypatch):
 @pytest.mark.gpu
 def test_a_gpu_gets_the_swizzled_form_for_half_precision():
     quantized = quantize([70], "cuda")
-    assert isinstance(choose_form(QwantizeSettings(), quantized), SwizzledForm)
-    assert isinstance(choose_form(QwantizeSettings(backend="dequantize"), quantized), PlainForm)
+    assert isinstance(choose_form(QwantizeSettings(), quantized, "o_proj"), SwizzledForm)
+    assert isinstance(choose_form(QwantizeSettings(backend="dequantize"), quantized, "o_proj"), PlainForm)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_kernels_of_vllm_that_cannot_run_are_refused_by_name():
     with pytest.raises(ValueError, match="backend 'marlin' needs a CUDA GPU"):
-        choose_form(QwantizeSettings(backend="marlin"), quantize([70]))
+        choose_form(QwantizeSettings(backend="marlin"), quantize([70]), "o_proj")
 
 
 @pytest.mark.gpu
@@ -131,7 +163,7 @@ def test_kernels_of_vllm_that_cannot_run_are_refused_by_name():
 def test_kernels_of_vllm_multiply_by_what_they_made(backend):
     parts = [make_weight("gaussian", 512, 256, torch.bfloat16).cuda()]
     quantized = QuantizedLayer.of([quantize_nvfp4(part) for part in parts], torch.bfloat16)
-    layer, form = new_layer("cuda"), choose_form(QwantizeSettings(backend=backend), quantized)
+    layer, form = new_layer("cuda"), choose_form(QwantizeSettings(backend=backend), quantized, "o_proj")
     assert isinstance(form, VllmForm)
     form.keep(layer, quantized)
     x = torch.randn(3, 256, device="cuda").bfloat16()
