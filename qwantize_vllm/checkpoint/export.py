@@ -30,6 +30,7 @@ from qwantize_vllm.format import Nvfp4Tensor
 
 NOTES = "qwantize-export.json"
 _LOCK = "export.lock"
+_OF_SAFETENSORS = ".tmp"  # how the names of its own unfinished files begin
 # Never copied: other forms of the weights, code of frameworks that unpickle, and what belongs to a download.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz"}
 _FOLDERS = {"onnx", "openvino", "original", "coreml"}
@@ -82,6 +83,8 @@ def check_out(out: Path) -> None:
     """Raise ValueError where there is something already."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; choose another --out, or remove it")
+    if out.is_mount():
+        raise ValueError(f"{out} is where a file system is mounted, and is given its name last; choose a folder in it")
 
 
 def export(job: ExportJob, quantize: Quantize) -> None:
@@ -174,12 +177,12 @@ class _Notes:
                     "remove it, choose another --out, or start that export again to finish it"
                 )
         elif strangers := [path.name for path in job.partial.iterdir() if path.name != _LOCK]:
-            if not all(name.endswith(".unfinished") for name in strangers):
+            if not all(name.endswith(".unfinished") or name.startswith(_OF_SAFETENSORS) for name in strangers):
                 raise ValueError(f"{job.partial} has files ({strangers[0]}) but no {NOTES}; remove it, or move it away")
             self.content = {"export": identity, "shards": {}}
         else:
             self.content = {"export": identity, "shards": {}}
-        for leftover in job.partial.glob("*.unfinished"):
+        for leftover in [*job.partial.glob("*.unfinished"), *job.partial.glob(f"{_OF_SAFETENSORS}*")]:
             leftover.unlink()
         self._save()
 
@@ -269,7 +272,7 @@ def _finish(job: ExportJob, notes: _Notes) -> None:
         where = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         save_text(job.partial / INDEX, json.dumps(index, indent=1) + "\n")
-    _copy_others(job.source.directory, job.partial)
+    _copy_others(job.source.directory, job.partial, but=(job.partial, job.out))
     config = json.loads((job.source.directory / "config.json").read_text("utf-8"))
     config["quantization_config"] = job.layout.config(job.ignore, job.block_size)
     for name, content in job.layout.extra_files(config["quantization_config"]).items():
@@ -280,18 +283,26 @@ def _finish(job: ExportJob, notes: _Notes) -> None:
     sync(job.out.absolute().parent)
 
 
-def _copy_others(source: Path, target: Path) -> None:
-    """Tokenizer, chat template, generation config, licence: everything but weights and config.json."""
+def _copy_others(source: Path, target: Path, but: Sequence[Path]) -> None:
+    """Tokenizer, chat template, generation config, licence: everything but weights, config.json and some folders."""
+    modules = _modules(source)
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name in ("config.json", INDEX, NOTES, "hf_quant_config.json"):
             continue
         if path.is_file() and path.suffix not in _WEIGHTS and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
-        elif path.is_dir() and path.name not in _FOLDERS:
+        elif path.is_dir() and path.name not in _FOLDERS and path.resolve() not in [each.resolve() for each in but]:
             (target / path.name).mkdir(exist_ok=True)
-            for file in path.iterdir():  # sentence-transformers keeps a config, and small layers, in folders
-                if file.is_file() and file.suffix not in _WEIGHTS - {".safetensors"}:
+            weights = _WEIGHTS - ({".safetensors"} if path.name in modules else set())
+            for file in path.iterdir():
+                if file.is_file() and file.suffix not in weights:
                     shutil.copyfile(file, target / path.name / file.name)
+
+
+def _modules(source: Path) -> set[str]:
+    """Folders in which sentence-transformers keeps small layers."""
+    path = source / "modules.json"
+    return {str(module.get("path")) for module in json.loads(path.read_text("utf-8"))} if path.is_file() else set()
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -167,11 +168,20 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, which appears whole or not at all, whatever ends this process or the machine."""
+    """Write a safetensors file, which appears whole or not at all, whatever ends this process or the machine.
+
+    Raises:
+        OSError: it cannot be written; names it.
+    """
     unfinished = _beside(path)
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # that of new files; safetensors makes its own for the owner alone
         save_file(dict(tensors), unfinished, metadata=dict(metadata))
+        unfinished.chmod(mode)
         _settle(unfinished, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -196,7 +206,8 @@ def sync(path: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    """Another name each time: in containers that share a directory processes have the same numbers."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.unfinished")
 
 
 def _settle(unfinished: Path, path: Path) -> None:

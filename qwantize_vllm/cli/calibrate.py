@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from qwantize_vllm.cli.setting_names import settings_named
+from qwantize_vllm.cli.unquantized import check_unquantized
 from qwantize_vllm.hessian import merge_hessians
 
 DEFAULT_OUT = "hessians.safetensors"
@@ -73,6 +74,12 @@ def run_calibration(
                 f"--full with --tensor-parallel-size {tensor_parallel_size}: a rank sees only some of the inputs of "
                 "row-parallel layers; measure on one rank"
             )
+        check_unquantized(model)
+        if each_line and (others := [path for path in text if path.suffix != ".jsonl"]):
+            raise ValueError(f"--each-line reads lines of .jsonl files, {others[0]} is none")
+        if out.is_dir():
+            raise ValueError(f"--out {out} is a directory; name the file to write")
+        out.parent.mkdir(parents=True, exist_ok=True)
         settings = None if setting is None else settings_named(setting)
         from qwantize_vllm.plugin.calibration import calibrate
         from qwantize_vllm.plugin.corpus import read_windows
@@ -80,8 +87,8 @@ def run_calibration(
         windows = read_windows(model, text, num_tokens, seq_len, first_token, each_line)
         options = {"tensor_parallel_size": tensor_parallel_size}
         info, left = calibrate(model, windows, block_size, out, options, full=full, settings=settings)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error
-    if left:
-        console.print(f"without Hessians, K not being a multiple of {block_size}: {', '.join(left)}")
+    for reason, names in left.items():
+        console.print(f"without Hessians, {reason}: {', '.join(names)}")
     console.print(f"wrote {out}: {info.tokens:,} tokens in {len(windows)} windows, config {info.fingerprint}")

@@ -14,6 +14,7 @@ from rich.table import Table
 from qwantize_vllm.cli.bench.output import draw, make_table
 from qwantize_vllm.cli.eval_plot import plot
 from qwantize_vllm.cli.setting_names import SEARCHES, settings_named, short_names
+from qwantize_vllm.cli.unquantized import check_unquantized
 
 _BASE = "bf16"
 
@@ -43,14 +44,17 @@ def evaluate(
 
     try:
         chosen = {_BASE: None} | {name: settings_named(name) for name in setting or SEARCHES if name != _BASE}
+        check_unquantized(model)
+        if text.suffix == ".jsonl":
+            raise ValueError(f"--text {text} would be scored as the JSON that it is; give plain text")
         cut = Windows(first_token, window_tokens, windows).cut(tokenize(model, text))
         if out:
             if out.suffix == ".png":
                 raise ValueError(f"--out {out} is the JSON; the plot is written beside it, as .png")
             out.parent.mkdir(parents=True, exist_ok=True)
+        scores = measure(model, cut, chosen, {"enforce_eager": eager}, kl)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    scores = measure(model, cut, chosen, {"enforce_eager": eager}, kl)
     records = {name: _record(score, scores[_BASE]) for name, score in scores.items()}
     title = f"{model}: {len(cut)} windows of {window_tokens} tokens from token {first_token} of {text.name}"
     console = Console(markup=False)

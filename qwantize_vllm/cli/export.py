@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from qwantize_vllm.checkpoint import LAYOUTS
 from qwantize_vllm.checkpoint.export import check_out, verify
 from qwantize_vllm.cli.inspect.files import check_files
 from qwantize_vllm.cli.setting_names import settings_named
+from qwantize_vllm.cli.unquantized import check_unquantized
 
 
 def run_export(
@@ -49,7 +49,7 @@ def run_export(
             raise ValueError(f"--format is {layout!r}; there are {', '.join(LAYOUTS)}")
         settings = settings_named(setting)
         check_files(model)
-        _check_not_quantized(Path(model))
+        check_unquantized(model)
         check_out(out)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the command itself says what is left
         from qwantize_vllm.plugin.exporting import export_model
@@ -74,14 +74,3 @@ def run_verify(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     Console(markup=False).print(f"{directory}: {count} tensors are what was written")
-
-
-def _check_not_quantized(model: Path) -> None:
-    """Raise ValueError for a directory whose checkpoint is quantized already."""
-    if not (model / "config.json").is_file():
-        return
-    config = json.loads((model / "config.json").read_text("utf-8"))
-    found = config.get("quantization_config") or config.get("compression_config")
-    if found or (model / "hf_quant_config.json").is_file():
-        method = (found or {}).get("quant_method", "see hf_quant_config.json")
-        raise ValueError(f"{model} is quantized already ({method}); export an unquantized checkpoint")

@@ -6,7 +6,6 @@ of it, (K, K), of which the blocks can be read just as well, of any size.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +13,8 @@ from typing import Annotated
 import pydantic
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from qwantize_vllm.checkpoint.files import save_tensors
 
 # The only key of the metadata, its value JSON: safetensors writes several keys in an order of chance.
 _KEY = "qwantize-block-hessian-v1"
@@ -58,12 +58,7 @@ def save_hessians(
             allowed = "(K, K)" if info.full else f"(K/{block_size}, {block_size}, {block_size})"
             raise ValueError(f"Hessian of {name} must be float32 {allowed}, got {hessian.dtype} {tuple(hessian.shape)}")
     tensors = {name: hessian.contiguous() for name, hessian in hessians.items()}
-    unfinished = Path(f"{path}.{os.getpid()}.unfinished")
-    try:
-        save_file(tensors, unfinished, metadata={_KEY: info.model_dump_json()})
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    save_tensors(Path(path), tensors, {_KEY: info.model_dump_json()})
 
 
 def merge_hessians(paths: Sequence[str | Path], out: str | Path) -> HessianInfo:

@@ -81,11 +81,12 @@ def swizzle_experts(
 
 
 def local_ids(ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
-    """Numbers of the experts that are here, -1 for those of other ranks; ids: of all experts, of any shape.
+    """Numbers of the experts that are here, negative for those of other ranks and where the id is.
 
-    expert_map: int (all experts,), the number of each here, or -1; None where all are here.
+    ids: integers, of all experts, of any shape; negative: of no expert, as vLLM gives them to tokens that only
+    fill up a batch. expert_map: int32 (all experts,), the number of each here, or -1; None where all are here.
     """
-    return ids if expert_map is None else expert_map[ids.long()]
+    return ids if expert_map is None else torch.where(ids < 0, -1, expert_map[ids.long()])
 
 
 def in_turn(n: int) -> torch.Tensor:

@@ -95,7 +95,7 @@ def experts_swizzled(
     _launch(x, w13, tiles, h, first, top_k, 1, activation, launch)
     if second.tokens != first.tokens:
         tiles = _tiles(ids, experts, second.tokens, launch)
-    splits = _splits(x.device, tiles.slots, w2, second) if split else 1
+    splits = _splits(x.device, pairs, tiles.slots, w2, second) if split else 1
     z = torch.empty(splits, pairs, w2.shape[0], dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
     _launch(h, w2, tiles, z, second, 1, splits, "none", launch)
     sum_experts(z, topk_weights, ids, None, y, launch)
@@ -111,7 +111,7 @@ def tokens_of_each_kind(w13: SwizzledExperts, w2: SwizzledExperts, top_k: int, m
         pairs = tokens * top_k
         shapes = choose_grouped(capability_major(device), w13.expected(pairs), experts)
         slots, planned = _slots(pairs, experts, shapes[1].tokens)
-        splits = _splits(device, slots, w2, shapes[1])
+        splits = _splits(device, pairs, slots, w2, shapes[1])
         kinds.setdefault((shapes, 0 if planned else _few(pairs), splits > 1), tokens)
     return list(kinds.values())
 
@@ -134,7 +134,7 @@ def sum_experts(
         _sum_kernel,
         (tokens, -(-n // _SUM_COLUMNS)),
         z,
-        topk_weights,
+        topk_weights.contiguous(),
         ids,
         places,
         y,
@@ -169,10 +169,11 @@ def _few(pairs: int) -> int:
     return next(few for few in _FEW_PAIRS if pairs <= few)
 
 
-def _splits(device: torch.device, slots: int, weight: SwizzledExperts, shape: TileShape) -> int:
+def _splits(device: torch.device, pairs: int, slots: int, weight: SwizzledExperts, shape: TileShape) -> int:
     """Slices of K, a power of two, so that few rows still fill the GPU."""
     experts, groups, columns = weight.words.shape[:3]
-    programs = min(slots, experts) * -(-groups // shape.groups)
+    tiles = min(slots, max(experts, -(-weight.expected(pairs) // shape.tokens)))  # of tokens
+    programs = tiles * -(-groups // shape.groups)
     wanted = _PROGRAMS * multiprocessors(device) // programs
     splits = max(1, min(columns // _SHORTEST, wanted))
     return 1 << (splits.bit_length() - 1)

@@ -35,7 +35,12 @@ def cached(
     Returns:
         what became of each weight, and whether it was there.
     """
-    cache, device = LayerCache(directory), weights[0].device
+    device = weights[0].device
+    try:
+        cache = LayerCache(directory)
+    except OSError as error:
+        logger.warning("qwantize: %s: cache_dir cannot be used, nothing is kept: %s", name, error)
+        return search(), False
     key = cache.key({"how": [__version__, device.type, *how, block_size]}, [*weights, *others])
     try:
         if (found := cache.load(key, [tuple(weight.shape) for weight in weights], block_size)) is not None:
@@ -43,5 +48,8 @@ def cached(
     except ValueError as error:
         logger.warning("qwantize: %s: %s; it is searched again and written anew", name, error)
     quantized = search()
-    cache.save(key, quantized)
+    try:
+        cache.save(key, quantized)
+    except OSError as error:
+        logger.warning("qwantize: %s: it is not kept in cache_dir: %s", name, error)
     return quantized, False

@@ -77,10 +77,11 @@ class CalibrationWorker:
         return left
 
     def qwantize_finish(self, directory: str) -> tuple[str, dict[str, int], dict[str, float]]:
-        """Write this worker's sums; returns the file, the tokens that each layer saw, and those that its experts did,
-        each as often as its part of the experts that it was routed to."""
+        """Write this worker's sums, but those of layers that no token reached; returns the file, the tokens that each
+        layer saw, and those that its experts did, each as often as its part of the experts that it was routed to."""
         sums = self._qwantize_sums
-        names = {f"{rank:05d} {name}": hessian.total.cpu() for name, (rank, hessian) in sums.items()}
+        reached = {name: (rank, hessian) for name, (rank, hessian) in sums.items() if hessian.tokens}
+        names = {f"{rank:05d} {name}": hessian.total.cpu() for name, (rank, hessian) in reached.items()}
         for layer, experts in self._qwantize_experts.items():
             names |= {f"{rank:05d} {layer}.{name}": total.cpu() for name, rank, total in experts.totals()}
         with tempfile.NamedTemporaryFile(dir=directory, suffix=".safetensors", delete=False) as file:
@@ -106,7 +107,7 @@ def calibrate(
     *,
     full: bool = False,
     settings: dict[str, Any] | None = None,
-) -> tuple[HessianInfo, list[str]]:
+) -> tuple[HessianInfo, dict[str, list[str]]]:
     """Run the windows (token ids) through the model, in an engine of its own process, and write the Hessians of its
     linear layers' inputs to out.
 
@@ -114,7 +115,7 @@ def calibrate(
     alone. settings: of the plugin, for the inputs that layers have behind quantized ones; None for the model as it is.
 
     Returns:
-        What the file says about itself, and the layers that it does not have.
+        What the file says about itself, and the layers that it does not have, by the reason.
 
     Raises:
         RuntimeError: a layer did not see every token once.
@@ -131,7 +132,7 @@ def _calibrate(
     options: dict[str, Any],
     full: bool,
     settings: dict[str, Any] | None,
-) -> tuple[HessianInfo, list[str]]:
+) -> tuple[HessianInfo, dict[str, list[str]]]:
     from vllm.engine.arg_utils import EngineArgs
 
     model_config = EngineArgs(model=model).create_model_config()
@@ -141,12 +142,11 @@ def _calibrate(
     tokens = sum(map(len, windows))
     keep_core_here()
     with engine(model=model, **arguments, **options) as llm, tempfile.TemporaryDirectory() as directory:
-        left = llm.collective_rpc("qwantize_start", args=(block_size, full))[0]
+        uneven = llm.collective_rpc("qwantize_start", args=(block_size, full))[0]
         with tqdm(total=tokens, unit="token", unit_scale=True, desc="calibrating", disable=None) as bar:
             read_windows_through(llm, windows, bar.update, pools)
         parts = llm.collective_rpc("qwantize_finish", args=(directory,))
-        for _, seen, _ in parts:
-            _check_tokens(seen, tokens)
+        unreached = {name: None for _, seen, _ in parts for name in _unreached(seen, tokens)}
         _check_routed([routed for _, _, routed in parts], tokens)
         config = llm.llm_engine.model_config
         info = HessianInfo(
@@ -160,7 +160,8 @@ def _calibrate(
             behind=json.dumps(settings, sort_keys=True) if settings is not None else "",
         )
         save_hessians(out, _joined([path for path, _, _ in parts]), block_size, info)
-    return info, left
+    reasons = {f"K not being a multiple of {block_size}": uneven, "text not reaching them": list(unreached)}
+    return info, {reason: names for reason, names in reasons.items() if names}
 
 
 def _quantization(settings: dict[str, Any] | None, experts: bool) -> dict[str, Any]:
@@ -206,14 +207,21 @@ def _windows_at_once(longest: int) -> int:
     return 1 if current_platform.is_cpu() else -(-_TOKENS_AT_ONCE // longest)
 
 
-def _check_tokens(seen: dict[str, int], tokens: int) -> None:
-    wrong = {name: count for name, count in seen.items() if count != tokens}
+def _unreached(seen: dict[str, int], tokens: int) -> list[str]:
+    """Layers that no token reached, as those of vision and audio towers.
+
+    Raises:
+        RuntimeError: tokens reached none, or some but not each once.
+    """
+    none = [name for name, count in seen.items() if not count]
+    wrong = {name: count for name, count in seen.items() if count != tokens and (count or len(none) == len(seen))}
     if wrong:
         name, count = next(iter(wrong.items()))
         raise RuntimeError(
             f"{len(wrong)} layers did not see each of the {tokens} tokens once; {name} saw {count}. "
             "Layers that only some tokens reach cannot be calibrated yet"
         )
+    return none
 
 
 def _check_routed(parts: list[dict[str, float]], tokens: int) -> None:

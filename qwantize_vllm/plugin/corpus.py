@@ -59,7 +59,7 @@ def _tokens(tokenizer: Any, text: str, special: bool = False) -> list[int]:
 
 def _jsonl_texts(tokenizer: Any, path: Path) -> Iterator[str]:
     """Of every line: {"messages": [...]} through the model's chat template, or {"text": "..."}."""
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

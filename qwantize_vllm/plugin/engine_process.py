@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,7 +18,20 @@ R = TypeVar("R")
 def in_own_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """function(*args, **kwargs) in a fresh process; what it raises is raised here."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args, **kwargs).result()
+        return pool.submit(_call, functools.partial(function, *args, **kwargs)).result()
+
+
+def _call(function: Callable[[], R]) -> R:
+    """function(); an error that cannot leave the process, as those of pydantic that vLLM raises, is one that can."""
+    try:
+        return function()
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            kind = ValueError if isinstance(error, ValueError) else RuntimeError
+            raise kind(str(error)) from None
+        raise
 
 
 def keep_core_here() -> None:

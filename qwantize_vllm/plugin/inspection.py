@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ def inspect_model(
 def _inspect(model: str, settings: Mapping[str, dict[str, Any]], hessian: Path | None, dtype: str) -> Inspection:
     with one_rank():
         built = {name: MetaModel(model, values, dtype) for name, values in settings.items()}
-        base = MetaModel(model, {"scale_search": "optimal"}, dtype)
+        base = MetaModel(model, _widest(settings.values()), dtype)
         file = None if hessian is None else HessianFile(hessian)
         if file is not None:
             file.check_model(config_fingerprint(base.config.model_config.hf_config))
@@ -162,6 +162,14 @@ def _inspect(model: str, settings: Mapping[str, dict[str, Any]], hessian: Path |
         left=base.left(),
         hessian=None if file is None else {"path": str(hessian), **file.info.model_dump()},
     )
+
+
+def _widest(settings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings that quantize every layer that one of these does."""
+    given = list(settings)
+    towers = "quantize" if any(each.get("towers") == "quantize" for each in given) else "leave"
+    gates = any(each.get("quantize_gates", False) for each in given)
+    return {"scale_search": "optimal", "towers": towers, "quantize_gates": gates}
 
 
 @contextlib.contextmanager

@@ -16,7 +16,13 @@ from qwantize_vllm.plugin.expert_weights import QuantizedExperts
 from qwantize_vllm.plugin.loaders import wrap_loaders
 from qwantize_vllm.plugin.moe import ExpertMethod, local_experts
 from qwantize_vllm.plugin.packed_format import Packed
-from qwantize_vllm.plugin.packed_tensors import check_dtype, check_scales, input_scales, members_kept
+from qwantize_vllm.plugin.packed_tensors import (
+    check_dtype,
+    check_scales,
+    input_scales,
+    members_kept,
+    without_zero_scales,
+)
 from qwantize_vllm.plugin.refusals import refuse_all2all
 from qwantize_vllm.plugin.reloading import old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
@@ -145,6 +151,7 @@ class PackedMoEMethod(ExpertMethod):
         codes, block_scales, scales = (getattr(layer, f"{weight}_{name}").data for name in layout.names)
         factors = layout.factor(scales)
         check_scales(f"{self.name}: {weight}", layout, block_scales, factors)
+        codes, block_scales = without_zero_scales(codes, block_scales)
         if bool((factors == factors[:, :1]).all()):
             factors = factors[:, :1].contiguous()
         for name in {*layout.names, *input_scales(self.packed)} - {"weight", "weight_scale", "weight_global_scale"}:

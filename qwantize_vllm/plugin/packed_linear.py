@@ -18,7 +18,13 @@ from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightP
 
 from qwantize_vllm.plugin.loaders import wrap_loaders
 from qwantize_vllm.plugin.packed_format import Packed
-from qwantize_vllm.plugin.packed_tensors import check_dtype, check_scales, input_scales, members_kept
+from qwantize_vllm.plugin.packed_tensors import (
+    check_dtype,
+    check_scales,
+    input_scales,
+    members_kept,
+    without_zero_scales,
+)
 from qwantize_vllm.plugin.reloading import old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.versions import PROCESSED
@@ -91,6 +97,7 @@ class PackedLinearMethod(LinearMethodBase):
             scales = scales[:1]  # fused in the checkpoint too: vLLM loads its only scale as the first
         factors = layout.factor(scales)
         check_scales(self.name, layout, block_scales, factors)
+        codes, block_scales = without_zero_scales(codes, block_scales)
         for name in {*layout.names, *input_scales(self.packed)} - {"weight", "weight_scale", "weight_global_scale"}:
             delattr(layer, name)
         quantized = QuantizedLayer(

@@ -40,6 +40,20 @@ def check_scales(layer: str, layout: Layout, block_scales: torch.Tensor, factors
         )
 
 
+def without_zero_scales(codes: torch.Tensor, block_scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same weights, their blocks of scale 0 with codes of 0 and scale 1: swizzled scales have no 0.
+
+    codes: uint8 (..., K/2). block_scales: float8_e4m3fn (..., K/block_size). ModelOpt writes such scales where a block
+    is tiny beside the largest weight.
+    """
+    zero = block_scales.view(torch.uint8) == 0
+    if not bool(zero.any()):
+        return codes, block_scales
+    codes = codes.unflatten(-1, (block_scales.shape[-1], -1)).masked_fill(zero[..., None], 0).flatten(-2)
+    one = torch.ones((), dtype=block_scales.dtype).view(torch.uint8).item()
+    return codes, block_scales.view(torch.uint8).masked_fill(zero, one).view(block_scales.dtype)
+
+
 def members_kept(layer: str, whose: str, members: int, before: int) -> int:
     """How many global scales a layer keeps whose weights, loaded now, have `members`; before: it kept so many, or 0.
 

@@ -96,11 +96,13 @@ def test_killed_while_it_saves(tmp_path, parts):
     assert found == sorted(found)
 
 
-def test_two_at_once(tmp_path, parts):
+def test_two_at_once_whose_processes_have_the_same_number(tmp_path, parts):
+    """As in two containers that share the directory."""
     cache, children = LayerCache(tmp_path), []
     for _ in range(4):
         child = os.fork()
         if child == 0:
+            os.getpid = lambda: 77
             for _ in range(20):
                 cache.save("key", parts)
                 if cache.load("key", SHAPES, 16) is None:

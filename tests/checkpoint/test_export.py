@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -311,3 +312,36 @@ def test_a_source_that_breaks_off_is_named(source, tmp_path):
 
     with pytest.raises(ValueError, match=r"gone: tensor 'l5\.o\.weight' cannot be read"):
         export(job, cut)
+
+
+def test_of_folders_only_what_belongs_to_the_model_is_copied(source, tmp_path):
+    """Not what a trainer saved in between, nor the export itself."""
+    model = shutil.copytree(source, tmp_path / "model")
+    (model / "modules.json").write_text('[{"idx": 0, "path": ""}, {"idx": 2, "path": "2_Dense"}]')
+    for folder in ("2_Dense", "checkpoint-500"):
+        (model / folder).mkdir()
+        (model / folder / "config.json").write_text("{}")
+        save_file({"weight": torch.ones(2)}, model / folder / "model.safetensors")
+    out = model / "nvfp4"
+    export(job_for(model, out), quantize)
+    copied = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.parent != out)
+    assert copied == [
+        *("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"),
+        "checkpoint-500/config.json",
+    ]
+
+
+def test_what_safetensors_left_unfinished_is_removed(source, whole, tmp_path):
+    job = job_for(source, tmp_path / "out")
+    job.partial.mkdir()
+    (job.partial / ".tmpAbC").write_bytes(b"a gigabyte")
+    export(job, quantize)
+    assert {path.name for path in job.out.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_a_mounted_directory_cannot_be_renamed_to(source, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: True)
+    with pytest.raises(ValueError, match="out is where a file system is mounted"):
+        export(job_for(source, tmp_path / "out"), quantize)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -7,9 +7,10 @@ import pickle
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from qwantize_vllm.checkpoint import Checkpoint
+from qwantize_vllm.checkpoint import Checkpoint, files
 from qwantize_vllm.checkpoint.files import INDEX, digest, save_tensors
 
 TENSORS = {"a.weight": torch.arange(64).bfloat16().view(8, 8), "b.weight": torch.ones(4, 4), "c": torch.zeros(3)}
@@ -105,3 +106,19 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(IsADirectoryError):
         save_tensors(tmp_path / "x", {"a": torch.zeros(2)}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_who_may_read_other_new_files_may_read_it(tmp_path):
+    (tmp_path / "other").touch()
+    save_tensors(tmp_path / "x", {"a": torch.zeros(2)}, {})
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_what_safetensors_says_of_a_disk_names_the_file(tmp_path, monkeypatch):
+    def save_file(tensors, path, metadata):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(files, "save_file", save_file)
+    with pytest.raises(OSError, match=r"x cannot be written: No space left on device"):
+        save_tensors(tmp_path / "x", {"a": torch.zeros(2)}, {})
+    assert not list(tmp_path.iterdir())

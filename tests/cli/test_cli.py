@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from typer.testing import CliRunner
 
@@ -66,6 +68,8 @@ def test_merging_does_not_overwrite_what_calibrate_wrote_before(tmp_path, monkey
     [
         (["--full", "--tensor-parallel-size", "2"], "--full with --tensor-parallel-size 2"),
         (["--setting", "missing.yaml"], "missing.yaml does not exist"),
+        (["--each-line"], "--each-line reads lines of .jsonl files"),
+        (["--out", "."], "--out . is a directory"),
     ],
 )
 def test_calibrate_refuses_what_it_cannot_do_before_an_engine_starts(tmp_path, arguments, message):
@@ -75,3 +79,33 @@ def test_calibrate_refuses_what_it_cannot_do_before_an_engine_starts(tmp_path, a
     result = runner.invoke(app, ["calibrate", "model", *options, *arguments], env={"COLUMNS": "400"})
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quantization_config": {"quant_method": "qwantize", "scale_search": "naive"}}, "has settings of qwantize in"),
+        ({"quantization_config": {"quant_method": "qwantize", "packed": True}}, "is quantized already (qwantize)"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "is quantized already (fp8)"),
+    ],
+)
+@pytest.mark.parametrize("command", ["eval", "calibrate", "inspect", "export"])
+def test_a_checkpoint_that_sets_something_itself_is_refused(tmp_path, command, config, message):
+    """What is called bf16 would not be, and settings that are compared would all be the checkpoint's."""
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "model.safetensors").touch()
+    text.write_text("a")
+    given = {"eval": ["--text", str(text)], "calibrate": ["--text", str(text)]}.get(command, [])
+    out = ["--out", str(tmp_path / "out" / "file")]
+    result = runner.invoke(app, [command, str(model), *given, *out], env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_eval_refuses_what_it_would_score_as_json(tmp_path):
+    (tmp_path / "chats.jsonl").write_text("{}")
+    result = runner.invoke(app, ["eval", "model", "--text", str(tmp_path / "chats.jsonl")], env={"COLUMNS": "400"})
+    assert result.exit_code == 2
+    assert "would be scored as the JSON that it is" in result.output

@@ -9,6 +9,7 @@ from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.layer_names import matches
 from tests.e2e.checkpoints import quantize_checkpoint
 
+from .architectures import write_blip2
 from .compare import assert_serves, served_layers, tensors_of
 from .test_commands import qwantize
 
@@ -100,3 +101,19 @@ def test_hessians_of_another_model_are_refused(engines, tiny, hessians):
     settings = {"quant_method": "qwantize", "scale_search": "hessian", "hessian": str(hessians)}
     log = engines.refuse(tiny, hf_overrides={"quantization_config": settings})
     assert "was measured on another model" in log
+
+
+def test_what_text_does_not_reach_is_left_out(tmp_path):
+    """The vision tower and what connects it; its layers are not searched with Hessians either."""
+    from qwantize_vllm.plugin.calibration import calibrate
+
+    checkpoint, out = write_blip2(tmp_path / "checkpoint"), tmp_path / "h.safetensors"
+    windows = [list(range(3, 19)), list(range(20, 36))]
+    options = {"gpu_memory_utilization": 0.5, "dtype": "float32"}
+    info, left = calibrate(str(checkpoint), windows, 16, out, options)
+    assert info.tokens == 32
+    assert {name.partition(".")[0] for name in HessianFile(out).names} == {"language_model"}
+    assert len(HessianFile(out).names) == 2 * 4
+    unreached = left["text not reaching them"]
+    assert unreached
+    assert not any(name.startswith("language_model") for name in unreached)

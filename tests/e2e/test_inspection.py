@@ -17,6 +17,7 @@ from qwantize_vllm.cli.inspect import command
 from qwantize_vllm.hessian import HessianInfo, save_hessians
 from qwantize_vllm.search.quality import output_signal_and_noise, signal_and_noise
 
+from .architectures import write_blip2
 from .checkpoints import QWEN2, linear_layers, quantize_checkpoint, random_hessians, write_tiny
 from .moe_checkpoints import EXPERTS, QWEN3, mixture_layers, write_moe
 
@@ -84,6 +85,10 @@ def found(tmp_path_factory):
     experts = expert_hessians(mixture)
     save_hessians(folder / "experts.safetensors", experts, 16)
     cases["mixture"] = (str(mixture), {"naive": NAIVE}, folder / "experts.safetensors")
+    towers = {"leave": OPTIMAL, "quantize": {**OPTIMAL, "towers": "quantize"}}
+    blip2 = write_blip2(folder / "blip2")
+    cases["towers"] = (str(blip2), towers, None)
+    cases["towers left"] = (str(blip2), {"leave": OPTIMAL}, None)
     results = in_own_process(inspect_each, list(cases.values()))
     given = {"whole": whole, "hessians": hessians, "mixture checkpoint": mixture, "expert hessians": experts}
     return dict(zip(cases, results, strict=True)) | given
@@ -197,3 +202,13 @@ def test_the_command_prints_and_writes(found, tmp_path, monkeypatch):
     record = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert len(record["layers"]) == 8
     assert LAYER in (tmp_path / "out" / "inspect.html").read_text("utf-8")
+
+
+def test_layers_of_towers_are_those_of_the_settings_that_quantize_them(found):
+    def quantized(case, setting):
+        layers = found[case].layers
+        return {layer.name for layer in layers if not isinstance(layer.results.get(setting, ""), str)}
+
+    assert len(quantized("towers", "quantize")) == 16
+    assert quantized("towers", "leave") == quantized("towers left", "leave")
+    assert len(quantized("towers", "leave")) == 8

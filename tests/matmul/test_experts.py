@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import types
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ import torch
 from qwantize_vllm import quantize_nvfp4
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.backends import run_experts
-from qwantize_vllm.matmul.experts import ACTIVATIONS, swizzle_experts
+from qwantize_vllm.matmul.experts import ACTIVATIONS, local_ids, swizzle_experts
 from qwantize_vllm.matmul.experts_cpu import activate, experts_one_by_one, members_of
 from qwantize_vllm.matmul.grouped_shapes import GROUPED_WGMMA_SHAPES, choose_grouped
 from qwantize_vllm.matmul.op import experts_op, experts_swizzled_op
 from qwantize_vllm.matmul.reference import matmul_reference
-from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS
+from qwantize_vllm.matmul.tile_shapes import ANY_TOKENS, TileShape
 from qwantize_vllm.matmul.wgmma_shapes import STEPS
 from tests.matmul.test_matmul import INTERPRETED_BFLOAT16, TOLERANCE, relative_error
 
@@ -243,3 +244,36 @@ def test_kernel_for_many_tokens_has_the_sums_of_the_other(dtype, block_size, sha
     y = experts_wgmma(*case, "silu", shapes)
     assert relative_error(y, grouped(x, w13, w2, weights, ids).double()) < tolerance("cuda", dtype)
     assert all(torch.equal(experts_wgmma(*case, "silu", shapes), y) for _ in range(5))
+
+
+def test_ids_of_no_expert_are_of_none_here():
+    """Those of tokens that fill up a batch: as an index -1 would be the last expert, which is here."""
+    expert_map = torch.tensor([-1, -1, 0, 1], dtype=torch.int32)
+    ids = torch.tensor([[0, 3], [2, -1], [-1, -1]], dtype=torch.int32)
+    assert local_ids(ids, expert_map).tolist() == [[-1, 1], [0, -1], [-1, -1]]
+    assert local_ids(ids, None) is ids
+
+
+@pytest.mark.parametrize(("pairs", "splits"), [(8, 4), (64, 4), (1024, 1), (65536, 1)])
+def test_many_tokens_fill_the_gpu_without_slices(monkeypatch, pairs, splits):
+    """Two experts of 8 tiles of rows are 16 programs of 128 wanted where tokens are few, more where they are many."""
+    pytest.importorskip("triton")
+    from qwantize_vllm.matmul import triton_grouped
+    from qwantize_vllm.matmul.triton_plan import slots_for
+
+    monkeypatch.setattr(triton_grouped, "multiprocessors", lambda device: 32)
+    weight = types.SimpleNamespace(words=torch.empty(2, 8, 32, 0), expected=lambda pairs: pairs)
+    shape = TileShape(64, 1, 1, 4, 3)
+    slots = slots_for(pairs, 2, shape.tokens)
+    assert triton_grouped._splits(torch.device("cpu"), pairs, slots, weight, shape) == splits
+
+
+def test_weights_of_pairs_may_be_a_part_of_a_tensor(kernel_on):
+    pytest.importorskip("triton")
+    x, w13, w2, weights, ids = make(kernel_on, 5, 4, 2, 64, 64, torch.float16)
+    wide = torch.zeros(5, 8, device=kernel_on)
+    wide[:, :2] = weights
+    from qwantize_vllm.matmul.triton_grouped import experts_swizzled
+
+    y = experts_swizzled(x, *swizzled(w13, w2), wide[:, :2], ids, "silu")
+    assert relative_error(y, exact(x, w13, w2, weights, ids)) < tolerance(kernel_on, torch.float16)

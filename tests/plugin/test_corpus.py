@@ -64,3 +64,9 @@ def test_empty_texts_are_refused(tmp_path):
     path.write_text("")
     with pytest.raises(ValueError, match="there is no token in"):
         read(path)
+
+
+def test_lines_of_jsonl_end_where_json_says(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "one\u2028two\u0085"}\n', "utf-8")
+    assert read(path, seq_len=100) == ["one\u2028two\u0085"]

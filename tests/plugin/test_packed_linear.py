@@ -12,9 +12,11 @@ pytest.importorskip("vllm")
 
 from vllm.model_executor.model_loader.reload import layerwise
 
+from qwantize_vllm import Nvfp4Tensor, quantize_nvfp4
 from qwantize_vllm.checkpoint import LAYOUTS
 from qwantize_vllm.plugin.packed_format import Packed
 from qwantize_vllm.plugin.packed_linear import PackedLinearMethod
+from qwantize_vllm.plugin.packed_tensors import without_zero_scales
 
 LAYOUT = LAYOUTS["compressed-tensors"]
 
@@ -43,6 +45,19 @@ def test_a_refused_dtype_leaves_all_layers_what_they_had():
         codes.weight_loader(codes, torch.zeros(4, 8, dtype=torch.int8))
     for layer in layers:
         assert getattr(layer, LAYOUT.codes).eq(7).all()
+
+
+def test_blocks_of_scale_zero_stay_zero():
+    """Swizzled scales have none; nothing is copied where there is none."""
+    q = quantize_nvfp4(torch.randn(4, 64, generator=torch.Generator().manual_seed(0)))
+    assert without_zero_scales(q.codes, q.block_scales) == (q.codes, q.block_scales)
+    scales = q.block_scales.view(torch.uint8).clone()
+    scales[1, 2] = 0
+    codes, scales = without_zero_scales(q.codes, scales.view(torch.float8_e4m3fn))
+    expected = q.dequantize()
+    expected[1, 32:48] = 0
+    assert torch.equal(Nvfp4Tensor(codes, scales, q.global_scale).dequantize(), expected)
+    assert scales.view(torch.uint8).min() > 0
 
 
 def test_parts_of_a_refused_update_do_not_count_for_the_next():

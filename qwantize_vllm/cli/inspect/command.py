@@ -17,6 +17,7 @@ from qwantize_vllm.cli.bench.output import make_table
 from qwantize_vllm.cli.inspect import page, summary
 from qwantize_vllm.cli.inspect.files import check_files
 from qwantize_vllm.cli.setting_names import SEARCHES, settings_named
+from qwantize_vllm.cli.unquantized import check_unquantized
 from qwantize_vllm.hessian import HessianFile
 
 if TYPE_CHECKING:  # imports vLLM
@@ -47,6 +48,7 @@ def inspect(
     try:
         settings = _settings(setting or [*SEARCHES, *(["hessian"] if hessian else [])], hessian)
         check_files(model)
+        check_unquantized(model)
         make_directory(out)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # what vLLM says of engines would bury the table
         from qwantize_vllm.plugin.inspection import inspect_model
