@@ -93,7 +93,7 @@ class QwantizeLinearMethod(LinearMethodBase):
             self._find_hessian(input_size // block_size)
         self.report.expect(self.name)
         begin_rehearsal(self.settings, input_size_per_partition, params_dtype, torch.empty(0).device)
-        wrap_loaders(layer)
+        wrap_loaders(layer, self.report)
 
     @old_weights_on_error()
     def process_weights_after_loading(self, layer: LinearBase) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 
 from qwantize_vllm.hessian import BlockHessianSum
 from qwantize_vllm.matmul.experts import local_ids
 from qwantize_vllm.matmul.experts_cpu import Observe, experts_one_by_one
-from qwantize_vllm.plugin.loaders import wrap_loaders
 from qwantize_vllm.plugin.moe import (
     WEIGHTS,
     QwantizeMoEMethod,
@@ -52,7 +52,7 @@ class MeasuredExperts(FusedMoEMethodBase):
     def create_weights(self, layer: RoutedExperts, *sizes: Any, **given: Any) -> None:
         if self.quantizer is None:
             add_dense_weights(layer, *sizes, **given)
-            wrap_loaders(layer)
+            initialize_online_processing(layer)
         else:
             self.quantizer.create_weights(layer, *sizes, **given)
 

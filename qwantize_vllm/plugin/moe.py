@@ -147,7 +147,7 @@ class QwantizeMoEMethod(ExpertMethod):
             self._find_hessians(layer, hidden_size)
         refuse_all2all(self.moe, self.name)
         self.report.expect(self.name)
-        wrap_loaders(layer)
+        wrap_loaders(layer, self.report)
 
     @old_weights_on_error()
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:

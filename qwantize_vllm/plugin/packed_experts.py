@@ -75,7 +75,7 @@ class PackedMoEMethod(ExpertMethod):
                 self._add(layer, weight, name, data, functools.partial(_load_scalar, layer), extra_weight_attrs)
         refuse_all2all(self.moe, self.name)
         self.report.expect(self.name)
-        wrap_loaders(layer)
+        wrap_loaders(layer, self.report)
 
     @old_weights_on_error()
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:

@@ -81,7 +81,7 @@ class PackedLinearMethod(LinearMethodBase):
             data = torch.empty(len(output_partition_sizes), dtype=torch.float32, device="meta")
             layer.register_parameter(name, PerTensorScaleParameter(data=data, weight_loader=self._noting(name, loader)))
         self.report.expect(self.name)
-        wrap_loaders(layer)
+        wrap_loaders(layer, self.report)
 
     @old_weights_on_error()
     def process_weights_after_loading(self, layer: LinearBase) -> None:

@@ -103,6 +103,7 @@ def test_hessians_of_another_model_are_refused(engines, tiny, hessians):
     assert "was measured on another model" in log
 
 
+@pytest.mark.slow
 def test_what_text_does_not_reach_is_left_out(tmp_path):
     """The vision tower and what connects it; its layers are not searched with Hessians either."""
     from qwantize_vllm.plugin.calibration import calibrate
