@@ -50,6 +50,7 @@ def test_the_same_text_gives_the_same_bytes(smollm2, text, hessians, tmp_path):
     assert again.read_bytes() == hessians.read_bytes()
 
 
+@pytest.mark.slow
 def test_full_hessians_have_the_blocks_on_their_diagonals(smollm2, text, hessians, tmp_path):
     path = tmp_path / "full.safetensors"
     options = ["--num-tokens", "136", "--first-token", "64", "--seq-len", "64", "--full"]  # all but the first window
@@ -67,6 +68,7 @@ def test_full_hessians_have_the_blocks_on_their_diagonals(smollm2, text, hessian
     assert (rest.diagonal(dim1=1, dim2=2).sum(dim=1) > 0).all()
 
 
+@pytest.mark.slow
 def test_hessians_behind_quantized_layers_are_of_other_inputs(smollm2, text, hessians, tmp_path):
     path = tmp_path / "behind.safetensors"
     options = ["--num-tokens", "200", "--seq-len", "64", "--setting", "naive"]

@@ -156,6 +156,7 @@ def test_two_ranks_hold_the_codes_of_one(engines, tmp_path, expert_parallel):
     assert_scores_agree(one.result["own_scores"], two.result["scores"], 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_graph_holds_one_op_for_all_experts_of_a_layer(engines, tmp_path):
     checkpoint = write_moe(tmp_path / "checkpoint", QWEN3)
