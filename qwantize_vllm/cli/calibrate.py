@@ -12,7 +12,7 @@ from qwantize_vllm.cli.setting_names import settings_named
 from qwantize_vllm.cli.unquantized import check_unquantized
 from qwantize_vllm.hessian import merge_hessians
 
-DEFAULT_OUT = "hessians.safetensors"
+_DEFAULT_OUT = "hessians.safetensors"
 
 
 def run_calibration(
@@ -25,7 +25,7 @@ def run_calibration(
             help="UTF-8 text, or .jsonl, a chat (messages) or a text in every line.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help=f"File to write; default: {DEFAULT_OUT}, but for --merge.")] = None,
+    out: Annotated[Path | None, typer.Option(help=f"File to write; default: {_DEFAULT_OUT}, but for --merge.")] = None,
     num_tokens: Annotated[int, typer.Option(min=1, help="Tokens to measure on, at most.")] = 32768,
     first_token: Annotated[int, typer.Option(min=0, help="Token of the texts at which to begin.")] = 0,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a window; each is read alone.")] = 1024,
@@ -64,7 +64,7 @@ def run_calibration(
             return
         if not (model and text):
             raise ValueError("give MODEL and --text, or files to --merge")
-        out = out or Path(DEFAULT_OUT)
+        out = out or Path(_DEFAULT_OUT)
         if out.resolve().parent == Path(model).resolve():
             raise ValueError(
                 f"--out {out} is in the model's directory, where vLLM would take it for weights; choose another"

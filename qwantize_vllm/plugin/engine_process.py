@@ -28,9 +28,9 @@ def _call(function: Callable[[], R]) -> R:
     except Exception as error:
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:
+        except Exception:  # of any kind: an error's own methods are called
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
-            raise kind(str(error)) from None
+            raise kind(str(error)) from error
         raise
 
 

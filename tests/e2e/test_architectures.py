@@ -60,28 +60,29 @@ def test_causal(engines, tmp_path, name):
     assert_agree(ours, theirs, TOLERANCE)
 
 
-def embed(llm: Any) -> dict[str, Any]:
+def pool(llm: Any, task: str, part: str) -> dict[str, Any]:
+    """A task of pooling models, and what its outputs call their values."""
     prompts = [{"prompt_token_ids": list(prompt)} for prompt in TINY_PROMPTS]
-    outputs = llm.embed(prompts, use_tqdm=False)
-    embeddings = torch.tensor([output.outputs.embedding for output in outputs])
-    return {"embeddings": embeddings, "models": llm.apply_model(describe_model)}
+    outputs = getattr(llm, task)(prompts, use_tqdm=False)
+    values = torch.tensor([getattr(output.outputs, part) for output in outputs])
+    return {"values": values, "models": llm.apply_model(describe_model)}
+
+
+EMBED = functools.partial(pool, task="embed", part="embedding")
+CLASSIFY = functools.partial(pool, task="classify", part="probs")
+
+
+def difference(ours: Outcome, theirs: Outcome) -> float:
+    return (ours.result["values"] - theirs.result["values"]).abs().max().item()
 
 
 def test_bert(engines, tmp_path):
     checkpoint = write_bert(tmp_path / "checkpoint")
-    ours = engines.start(checkpoint, embed, dtype="float32", runner="pooling")
+    ours = engines.start(checkpoint, EMBED, dtype="float32", runner="pooling")
     assert len(served_layers(ours)) == 2 * 4
-    theirs = start_dequantized(engines, checkpoint, ours, embed, runner="pooling")
-    difference = (ours.result["embeddings"] - theirs.result["embeddings"]).abs().max()
-    assert difference <= TOLERANCE
-    assert ours.result["embeddings"].norm(dim=1).min() > 0.99
-
-
-def classify(llm: Any) -> dict[str, Any]:
-    prompts = [{"prompt_token_ids": list(prompt)} for prompt in TINY_PROMPTS]
-    outputs = llm.classify(prompts, use_tqdm=False)
-    probabilities = torch.tensor([output.outputs.probs for output in outputs])
-    return {"probabilities": probabilities, "models": llm.apply_model(describe_model)}
+    theirs = start_dequantized(engines, checkpoint, ours, EMBED, runner="pooling")
+    assert difference(ours, theirs) <= TOLERANCE
+    assert ours.result["values"].norm(dim=1).min() > 0.99
 
 
 def test_classifier(engines, tmp_path):
@@ -95,11 +96,10 @@ def test_classifier(engines, tmp_path):
     labels = {"id2label": {str(i): f"class {i}" for i in range(3)}, "num_labels": 3}
     config = {"architectures": ["LlamaForSequenceClassification"], **labels}
     checkpoint = write_tiny(tmp_path / "checkpoint", with_scores, **config)
-    ours = engines.start(checkpoint, classify, dtype="float32", runner="pooling")
+    ours = engines.start(checkpoint, CLASSIFY, dtype="float32", runner="pooling")
     assert len(served_layers(ours)) == 2 * 4
-    theirs = start_dequantized(engines, checkpoint, ours, classify, runner="pooling")
-    difference = (ours.result["probabilities"] - theirs.result["probabilities"]).abs().max()
-    assert difference <= TOLERANCE
+    theirs = start_dequantized(engines, checkpoint, ours, CLASSIFY, runner="pooling")
+    assert difference(ours, theirs) <= TOLERANCE
 
 
 def look(llm: Any) -> dict[str, Any]:
