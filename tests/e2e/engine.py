@@ -20,6 +20,8 @@ from unittest import mock
 import psutil
 import torch
 
+from tests.vector_math import settle_vector_math
+
 PATIENCE = 300  # seconds for one engine, on a busy machine too
 _GRACE = 20  # seconds in which the processes of an engine that has ended must follow it
 
@@ -152,6 +154,7 @@ def _engine_process(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(env)
+    settle_vector_math()
     from torch import _dynamo as dynamo
     from vllm import LLM
 
