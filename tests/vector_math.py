@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_FUNCTIONS = ("cos", "sin", "tan", "tanh", "exp", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "erf", "erfc")
+_FUNCTIONS = ("cos", "sin", "tan", "tanh", "exp", "expm1", "log", "log2", "log10", "log1p", "sqrt", "erf", "erfc")
 
 
 def settle_vector_math() -> None:
