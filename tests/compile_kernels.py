@@ -37,6 +37,7 @@ from qwantize_vllm.matmul.tile_shapes import (
 from qwantize_vllm.matmul.triton_dequantize import _dequantize_kernel
 from qwantize_vllm.matmul.triton_fused import _fused_kernel, _reduce_kernel
 from qwantize_vllm.matmul.triton_grouped import _grouped_kernel, _sum_kernel
+from qwantize_vllm.matmul.triton_local_ids import _map_kernel
 from qwantize_vllm.matmul.triton_normed import _add_norm_kernel, _gate_kernel
 from qwantize_vllm.matmul.triton_plan import _count_kernel, _place_kernel
 from qwantize_vllm.matmul.triton_swizzle import _scales_kernel, _words_kernel
@@ -140,6 +141,8 @@ def expert_variants(capability: int) -> Iterator[tuple[Any, dict[str, str], dict
     plan = {"ids_ptr": "*i32", "plan_ptr": "*i32", "counts_ptr": "*i32"}
     yield _count_kernel, plan, {"BINS": 256, "CHUNK": 1024}
     yield _place_kernel, plan, {"BINS": 256, "CHUNK": 1024, "WIDTH": 16, "OWN": 128}
+    for ids in ("*i32", "*i64"):
+        yield _map_kernel, {"ids_ptr": ids, "map_ptr": "*i32", "local_ptr": "*i32"}, {"IDS": 1024}
     for partial in ("*bf16", "*fp32"):
         pointers = {"z_ptr": partial, "weights_ptr": "*fp32", "ids_ptr": "*i32", "y_ptr": "*bf16"}
         yield _sum_kernel, {**pointers, "places_ptr": "*i32"}, {"TOP_K": 8, "COLUMNS": 512}

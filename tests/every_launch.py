@@ -31,6 +31,7 @@ from qwantize_vllm.matmul.every_kernel import ExpertKernels, Kernels, LinearKern
 from qwantize_vllm.matmul.grouped_shapes import WGMMA_PAIRS
 from qwantize_vllm.matmul.normed import AddedNorm
 from qwantize_vllm.matmul.tile_shapes import DecodeShape, choose_normed_shape, choose_shape
+from qwantize_vllm.matmul.triton_local_ids import map_ids
 from qwantize_vllm.triton_launch import launch_now
 from tests.replay_launches import Driver, experts, weight
 
@@ -125,6 +126,8 @@ def mixture(count: int, top_k: int, hidden: int, intermediate: int, total: int |
     def call(tokens: int) -> None:
         x, share = torch.empty(tokens, hidden, dtype=HALF), torch.empty(tokens, top_k)
         ids = torch.zeros(tokens, top_k, dtype=torch.int32)
+        if total > count:
+            ids = map_ids(ids, torch.zeros(total, dtype=torch.int32), launch_now)
         backends.run_experts(x, w13, w2, share, ids, "silu", launch=launch_now)
 
     every = 2 + WGMMA_PAIRS * total // top_k  # up to there shapes change from one number of tokens to the next

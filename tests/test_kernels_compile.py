@@ -28,6 +28,7 @@ KERNELS = {
     "_grouped_kernel",
     "_count_kernel",
     "_place_kernel",
+    "_map_kernel",
     "_sum_kernel",
 }
 ON_HOPPER = {"_decode_kernel", "_wgmma_kernel", "_copy_kernel", "_grouped_wgmma_kernel"}

@@ -150,6 +150,11 @@ class ExpertKernels:
         pairs = (WGMMA_PAIRS * experts - 1) * total // experts if by_wgmma else int(last * total) + self.top_k
         for tokens in tokens_of_each_kind(self.w13, self.w2, self.top_k, pairs // self.top_k):
             experts_swizzled(*self._routed(tokens), launch=launch)
+        if total > experts:
+            from qwantize_vllm.matmul.triton_local_ids import map_ids
+
+            ids = torch.zeros(1, self.top_k, dtype=torch.int32, device=self.device)
+            map_ids(ids, torch.zeros(total, dtype=torch.int32, device=self.device), launch)
         if by_wgmma:
             from qwantize_vllm.matmul.gluon_grouped import experts_wgmma
 

@@ -86,7 +86,13 @@ def local_ids(ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tenso
     ids: integers, of all experts, of any shape; negative: of no expert, as vLLM gives them to tokens that only
     fill up a batch. expert_map: int32 (all experts,), the number of each here, or -1; None where all are here.
     """
-    return ids if expert_map is None else torch.where(ids < 0, -1, expert_map[ids.long()])
+    if expert_map is None:
+        return ids
+    if not ids.is_cuda:
+        return torch.where(ids < 0, -1, expert_map[ids.long()])
+    from qwantize_vllm.matmul.triton_local_ids import map_ids
+
+    return map_ids(ids, expert_map)
 
 
 def in_turn(n: int) -> torch.Tensor:

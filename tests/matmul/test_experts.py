@@ -246,11 +246,20 @@ def test_kernel_for_many_tokens_has_the_sums_of_the_other(dtype, block_size, sha
     assert all(torch.equal(experts_wgmma(*case, "silu", shapes), y) for _ in range(5))
 
 
-def test_ids_of_no_expert_are_of_none_here():
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_of_no_expert_are_of_none_here(kernel_on, dtype):
     """Those of tokens that fill up a batch: as an index -1 would be the last expert, which is here."""
-    expert_map = torch.tensor([-1, -1, 0, 1], dtype=torch.int32)
-    ids = torch.tensor([[0, 3], [2, -1], [-1, -1]], dtype=torch.int32)
-    assert local_ids(ids, expert_map).tolist() == [[-1, 1], [0, -1], [-1, -1]]
+    pytest.importorskip("triton")
+    from qwantize_vllm.matmul.triton_local_ids import map_ids
+
+    expert_map = torch.tensor([-1, -1, 0, 1], dtype=torch.int32, device=kernel_on)
+    ids = torch.tensor([[0, 3], [2, -1], [-1, -1]], dtype=dtype, device=kernel_on)
+    for mapped in (local_ids, map_ids):
+        assert mapped(ids, expert_map).tolist() == [[-1, 1], [0, -1], [-1, -1]]
+        assert mapped(ids.T, expert_map).tolist() == [[-1, 0, -1], [1, -1, -1]]
+        assert mapped(ids[:0], expert_map).shape == (0, 2)
+    many = torch.arange(-1, 4, device=kernel_on).repeat(777)
+    assert torch.equal(map_ids(many, expert_map), local_ids(many.cpu(), expert_map.cpu()).to(kernel_on))
     assert local_ids(ids, None) is ids
 
 
