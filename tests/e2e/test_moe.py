@@ -187,6 +187,7 @@ def test_reloaded_experts_are_those_of_a_fresh_start(engines, tmp_path, name):
     assert first["addresses"] == same["addresses"] == changed["addresses"]
 
 
+@pytest.mark.slow
 def test_experts_are_calibrated_on_what_is_routed_to_them_and_served_with_it(engines, tmp_path):
     """With one expert a token, of weight 1, all experts together see what the shared ones see."""
     config = {**DEEPSEEK, "num_experts_per_tok": 1, "norm_topk_prob": True}

@@ -34,7 +34,7 @@ def answer(llm: Any) -> list[int]:
     return generate(llm, [[1, 5, 9]], 4)[0]["ids"]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_an_engine_starts_and_kernels_are_compiled_beside_it(tiny, tmp_path, method):
     cache = tmp_path / "cache"
     outcome = run_engine(
