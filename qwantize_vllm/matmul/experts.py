@@ -85,6 +85,8 @@ def local_ids(ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tenso
 
     ids: integers, of all experts, of any shape; negative: of no expert, as vLLM gives them to tokens that only
     fill up a batch. expert_map: int32 (all experts,), the number of each here, or -1; None where all are here.
+
+    Returns: int32, of ids' shape; ids themselves where all experts are here.
     """
     if expert_map is None:
         return ids
