@@ -26,7 +26,7 @@ from qwantize_vllm.matmul.tile_shapes import DecodeShape, TileShape
 from qwantize_vllm.matmul.triton_grouped import experts_swizzled
 from qwantize_vllm.matmul.triton_normed import add_norm, silu_and_mul
 from qwantize_vllm.matmul.triton_swizzled import matmul_swizzled
-from qwantize_vllm.triton_launch import Launch
+from qwantize_vllm.triton_launch import Launch, compile_now
 from tests.replay_launches import Driver, experts, weight
 
 compilations: list[tuple[str, bool]] = []
@@ -45,10 +45,6 @@ def launch_all(launch: Launch) -> None:
     for tokens, run in ((1, experts_swizzled), (200, experts_swizzled), (1, experts_wgmma)):
         ids = torch.zeros(tokens, 2, dtype=torch.int32)
         run(x[:tokens, :128], w13, w2, ids.float(), ids, "silu", launch=launch)
-
-
-def warm_up(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    kernel.warmup(*arguments, grid=grid, **constants)
 
 
 def listen(*, src: Any, cache_hit: bool, **rest: Any) -> None:
@@ -85,7 +81,7 @@ if __name__ == "__main__":
     # What was noted is not yet known here: it is noted again, and found done.
     assert start_compiling(requested()) is None
     assert start_compiling(broken) is not threads[0], "it has ended"
-    launch_all(warm_up)
+    launch_all(compile_now)
     assert all(hit for _, hit in compilations), compilations
     assert requested().kernels == []
     print(*sorted({name for name, _ in compilations}))

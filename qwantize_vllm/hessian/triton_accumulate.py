@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qwantize_vllm.triton_launch import launch_now
+
 _TOKENS, _STAGES = 64, 4
 
 
@@ -23,9 +25,8 @@ def add_blocks(total: torch.Tensor, activations: torch.Tensor) -> None:
         strides = activations.stride()
         # Half formats go to the tensor cores as they are; the interpreter multiplies the bit patterns of bfloat16.
         exact = not (activations.is_cuda and activations.itemsize == 2)
-        _add_blocks_kernel[(blocks,)](
-            activations, total, tokens, *strides, SIZE=size, TOKENS=_TOKENS, STAGES=_STAGES, FLOAT32=exact, num_warps=1
-        )
+        constants = {"SIZE": size, "TOKENS": _TOKENS, "STAGES": _STAGES, "FLOAT32": exact, "num_warps": 1}
+        launch_now(_add_blocks_kernel, (blocks,), activations, total, tokens, *strides, **constants)
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -26,6 +26,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
 from qwantize_vllm.side_process import run_module
+from qwantize_vllm.triton_keys import settle_key
+from qwantize_vllm.triton_launch import compile_now
 
 # One of vLLM's loggers where there is vLLM.
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -77,7 +79,7 @@ class Request:
         self.target = [target.backend, target.arch, target.warp_size]
         with knobs.runtime.scope():
             knobs.runtime.jit_cache_hook = note
-            kernel.warmup(*arguments, grid=grid, **constants)
+            compile_now(kernel, grid, *arguments, **constants)
 
     @property
     def done(self) -> bool:
@@ -198,7 +200,9 @@ def _compile(parent: int, module: str, name: str, specialization: str) -> None:
 
     if os.getppid() != parent:
         raise RuntimeError("the process that wanted the kernels is gone")
-    build_launcher(getattr(importlib.import_module(module), name).preload(specialization))
+    kernel = getattr(importlib.import_module(module), name)
+    settle_key(kernel)
+    build_launcher(kernel.preload(specialization))
 
 
 class Target:

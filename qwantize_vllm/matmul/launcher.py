@@ -53,7 +53,7 @@ def launch_again(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constant
     key = (id(kernel), device, tuple(kinds), *constants, *given, *map(type, given))
     known = _launchers.get(key)
     if known is None:
-        compiled = kernel[grid](*arguments, **constants)
+        compiled = launch_now(kernel, grid, *arguments, **constants)
         if len(_launchers) >= _MOST:
             _launchers.clear()
         _launchers[key] = kernel, _understood(compiled, kernel, len(arguments), constants, device)

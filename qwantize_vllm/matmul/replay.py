@@ -66,7 +66,7 @@ class _Recorder:
         self.calls: list[tuple[Any, Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        self.calls.append((kernel[grid](*arguments, **constants), kernel, grid, arguments, constants))
+        self.calls.append((launch_now(kernel, grid, *arguments, **constants), kernel, grid, arguments, constants))
 
     def recording(self, inputs: Sequence[torch.Tensor | None], y: torch.Tensor) -> Recording | None:
         """None where this was not one launch of a kind that is understood."""

@@ -14,6 +14,7 @@ import triton.language as tl
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.dense import multiply_dense
 from qwantize_vllm.triton_format import decode_e2m1, decode_e4m3
+from qwantize_vllm.triton_launch import launch_now
 
 _ROWS, _BYTES = 4, 256
 
@@ -29,7 +30,9 @@ def dequantize_triton(q: Nvfp4Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(n, k, dtype=dtype, device=q.device)
     if out.numel():
         # One axis for all tiles: the second would end at 65,535 programs.
-        _dequantize_kernel[(triton.cdiv(n, _ROWS) * triton.cdiv(k // 2, _BYTES),)](
+        launch_now(
+            _dequantize_kernel,
+            (triton.cdiv(n, _ROWS) * triton.cdiv(k // 2, _BYTES),),
             q.codes,
             q.block_scales.view(torch.uint8),
             q.global_scale,

@@ -21,6 +21,7 @@ import triton.language as tl
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.gpu import multiprocessors
 from qwantize_vllm.triton_format import decode_e2m1, decode_e4m3
+from qwantize_vllm.triton_launch import launch_now
 
 _TILE_N, _TILE_K = 64, 256
 _REDUCE_TILE = 1024
@@ -38,7 +39,9 @@ def matmul_fused(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> 
     slices = triton.cdiv(k, _TILE_K)
     splits = max(1, min(slices, _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device) // tiles))
     partial = torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
-    _fused_kernel[(triton.cdiv(n, _TILE_N), triton.cdiv(m, tile_m), splits)](
+    launch_now(
+        _fused_kernel,
+        (triton.cdiv(n, _TILE_N), triton.cdiv(m, tile_m), splits),
         x,
         q.codes,
         q.block_scales.view(torch.uint8),
@@ -59,9 +62,9 @@ def matmul_fused(x: torch.Tensor, q: Nvfp4Tensor, bias: torch.Tensor | None) -> 
         num_warps=4,
         num_stages=3,
     )
-    _reduce_kernel[(triton.cdiv(m * n, _REDUCE_TILE),)](
-        partial, q.global_scale, bias, y, m * n, n, splits, HAS_BIAS=bias is not None, TILE=_REDUCE_TILE
-    )
+    given = (partial, q.global_scale, bias, y, m * n, n, splits)
+    constants = {"HAS_BIAS": bias is not None, "TILE": _REDUCE_TILE}
+    launch_now(_reduce_kernel, (triton.cdiv(m * n, _REDUCE_TILE),), *given, **constants)
     return y
 
 

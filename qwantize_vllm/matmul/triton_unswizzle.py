@@ -20,6 +20,7 @@ from qwantize_vllm.matmul.triton_fragments import (
     load_words,
     rescale,
 )
+from qwantize_vllm.triton_launch import launch_now
 
 _STEPS = 4  # tiles a program
 
@@ -34,7 +35,9 @@ def dequantize_swizzled(weight: SwizzledNvfp4, dtype: torch.dtype) -> torch.Tens
     n, k = weight.shape
     out = torch.empty(n, k, dtype=dtype, device=weight.words.device)
     groups, tiles = weight.words.shape[:2]
-    _unswizzle_kernel[(triton.cdiv(tiles, _STEPS), groups)](
+    launch_now(
+        _unswizzle_kernel,
+        (triton.cdiv(tiles, _STEPS), groups),
         weight.words,
         weight.scales,
         weight.global_scale,

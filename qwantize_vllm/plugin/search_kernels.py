@@ -14,7 +14,7 @@ import torch
 from qwantize_vllm.format import Nvfp4Tensor
 from qwantize_vllm.matmul.swizzle import swizzle
 from qwantize_vllm.settings import QwantizeSettings
-from qwantize_vllm.triton_launch import Launch
+from qwantize_vllm.triton_launch import Launch, compile_now
 
 THREADS = 5  # as many as there are kernels
 # Rows of a layer: so many that its sizes are multiples of 16 as those of real ones, for which Triton compiles.
@@ -54,7 +54,7 @@ def _launch_each(settings: QwantizeSettings, weight: torch.Tensor, launch: Launc
 def _compile(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     from qwantize_vllm.matmul.triton_launchers import build_launcher
 
-    build_launcher(kernel.warmup(*arguments, grid=grid, **constants))
+    build_launcher(compile_now(kernel, grid, *arguments, **constants))
 
 
 def _empty_quantized(weight: torch.Tensor, block_size: int) -> Nvfp4Tensor:

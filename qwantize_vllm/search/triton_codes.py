@@ -29,6 +29,7 @@ from qwantize_vllm.search.reference import normalize_hessian
 from qwantize_vllm.search.triton_numbers import e2m1_code, e2m1_round, power_of_two_below
 from qwantize_vllm.search.triton_tiles import LaunchShape, columns, launch_shape, load_blocks, to_float32
 from qwantize_vllm.triton_format import decode_e2m1, decode_e4m3
+from qwantize_vllm.triton_launch import launch_now
 
 # By the major version of the compute capability. A warp ends its sweeps when the last of its blocks is done.
 CODES_SHAPES = {9: LaunchShape(blocks=32, warps=1, tiles=4)}
@@ -62,7 +63,9 @@ def refine_codes(
         form = _turned(hessian[:1] if shared else hessian)
         shape = launch_shape(CODES_SHAPES, weight.device, n)
         programs = triton.cdiv(n, shape.blocks * shape.tiles)
-        _refine_codes_kernel[(e * programs * (k // block_size),)](
+        launch_now(
+            _refine_codes_kernel,
+            (e * programs * (k // block_size),),
             weight,
             global_scale,
             form,

@@ -44,6 +44,7 @@ from qwantize_vllm.search.triton_tiles import (
     to_float32,
 )
 from qwantize_vllm.triton_format import decode_e4m3
+from qwantize_vllm.triton_launch import launch_now
 
 # By the major version of the compute capability. A warp holds 32 blocks: it leaves its loops when the last of
 # them does; more tiles share the loading of H. Regenerate with `python scripts/tune_search.py`.
@@ -76,7 +77,9 @@ def search_hessian(
         form, bound = prepare_hessian(hessian[:1] if shared else hessian)
         shape = launch_shape(HESSIAN_SHAPES, weight.device, n)
         programs = triton.cdiv(n, shape.blocks * shape.tiles)
-        _search_hessian_kernel[(e * programs * (k // block_size),)](
+        launch_now(
+            _search_hessian_kernel,
+            (e * programs * (k // block_size),),
             weight,
             global_scale,
             form,

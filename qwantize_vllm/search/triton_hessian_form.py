@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qwantize_vllm.triton_launch import launch_now
+
 _TRIED = tl.constexpr(16)  # values of lambda, their exponents of 2 evenly from -6 to 0
 
 
@@ -28,9 +30,8 @@ def prepare_hessian(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     e, j, size, _ = hessian.shape
     form, weight = torch.empty_like(hessian, memory_format=torch.contiguous_format), hessian.new_empty(e, j, size)
     if e * j:
-        _prepare_hessian_kernel[(e * j,)](
-            hessian, form, weight, j, hessian.stride(0), hessian.stride(1), SIZE=size, num_warps=size // 2
-        )
+        given = (hessian, form, weight, j, *hessian.stride()[:2])
+        launch_now(_prepare_hessian_kernel, (e * j,), *given, SIZE=size, num_warps=size // 2)
     return form, weight
 
 
