@@ -1,7 +1,10 @@
 """Triton's keys of this package's kernels, made in several orders, each in a process of its own; needs no GPU.
 
-python -m tests.key_orders            # prints the number of kernels whose keys are the same in all orders
-python -m tests.key_orders unsettled  # the same without triton_keys.py; prints those whose keys differ
+    python -m tests.key_orders            # prints the number of functions whose keys are the same in all orders
+    python -m tests.key_orders unsettled  # the same without triton_keys.py; prints those whose keys differ
+
+A program of its own because TRITON_INTERPRET, which the tests set, must be unset when triton is imported. For another
+Triton than the environment's: pip install --target FOLDER --no-deps triton==3.6.0, and PYTHONPATH=FOLDER.
 """
 
 from __future__ import annotations
