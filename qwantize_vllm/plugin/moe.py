@@ -24,7 +24,7 @@ from qwantize_vllm.plugin.linear import _open_hessians, largest_over_ranks
 from qwantize_vllm.plugin.loaders import wrap_loaders
 from qwantize_vllm.plugin.refusals import refuse_all2all
 from qwantize_vllm.plugin.rehearsal import end_rehearsal
-from qwantize_vllm.plugin.reloading import check_arrived, check_not_moved, old_weights_on_error
+from qwantize_vllm.plugin.reloading import check_arrived, check_not_moved, old_weights_on_error, updates
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.versions import PROCESSED
 from qwantize_vllm.search.quality import signal_and_noise
@@ -123,6 +123,7 @@ class QwantizeMoEMethod(ExpertMethod):
         # Full Hessians of experts are not measured: where gptq is asked for, there are none.
         self.refine = "none" if settings.refine == "gptq" else settings.refine
         self._unreached: set[int] = set()
+        self._cache = settings.cache_dir
         self._from_cache = True  # whether nothing was searched since a layer's weights have arrived
 
     def create_weights(
@@ -165,7 +166,8 @@ class QwantizeMoEMethod(ExpertMethod):
         )
         end_rehearsal()
         before, dtype = sum(weight.nbytes for weight in dense.values()), dense["w2"].dtype
-        experts, self._from_cache = local_experts(layer), self.settings.cache_dir is not None
+        self._cache = None if updates(layer) else self.settings.cache_dir
+        experts, self._from_cache = local_experts(layer), self._cache is not None
         quantized = {name: self.quantize(name, weight, experts) for name, weight in dense.items()}
         if self._from_cache:
             self.report.from_cache()
@@ -201,12 +203,12 @@ class QwantizeMoEMethod(ExpertMethod):
         """Some of the experts (e, members, N/members, K), from cache_dir where they are there."""
         hessians = self._hessians(name, experts, matrices) if self.search == "hessian" else None
         search = functools.partial(self._search, matrices, scales, hessians, experts)
-        directory, block_size = self.settings.cache_dir, self.settings.block_size
-        if directory is None:
+        block_size = self.settings.block_size
+        if self._cache is None:
             return search()
         how = [self.search, self.refine, [i for i, expert in enumerate(experts) if expert in self._unreached]]
         given = [scales, hessians]
-        (q,), found = cached(directory, self.name, how, [matrices], given, block_size, lambda: [search()])
+        (q,), found = cached(self._cache, self.name, how, [matrices], given, block_size, lambda: [search()])
         self._from_cache = self._from_cache and found
         return q
 

@@ -25,7 +25,7 @@ from qwantize_vllm.plugin.packed_tensors import (
     members_kept,
     without_zero_scales,
 )
-from qwantize_vllm.plugin.reloading import old_weights_on_error
+from qwantize_vllm.plugin.reloading import check_bias_arrived, old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.versions import PROCESSED
 from qwantize_vllm.plugin.weights import Form, QuantizedLayer, choose_form
@@ -92,6 +92,7 @@ class PackedLinearMethod(LinearMethodBase):
         layout = self.packed.layout
         arrived, self._arrived = self._arrived, Counter()  # of an update that is refused nothing counts for the next
         self._check_arrived(arrived, len(layer.logical_widths))
+        check_bias_arrived(layer, self.name, len(layer.logical_widths))
         codes, block_scales, scales = (getattr(layer, name).data for name in layout.names)
         if arrived[layout.global_scale, None] and len(layer.logical_widths) > 1:
             scales = scales[:1]  # fused in the checkpoint too: vLLM loads its only scale as the first

@@ -10,19 +10,24 @@ from vllm.model_executor.layers.fused_moe import FusedMoEConfig
 
 from qwantize_vllm.plugin.base_config import overriding_file
 
+_REFUSED_TRANSFERS = {
+    "sparse_nccl": "changes single elements of dense weights; quantized layers do not keep those",
+    "sharded_rdt": "writes into parameters past their loaders, by which quantized layers know what has arrived",
+}
+
 
 def refuse_unsupported(config: VllmConfig) -> None:
-    """See that an engine is not to get single elements of its dense weights, which it has not kept, nor to leave
-    weights in the host's memory, for which vLLM copies them before they are there.
+    """See that an engine is not to get new weights in a way that quantized layers cannot take, nor to leave weights in
+    the host's memory, for which vLLM copies them before they are there.
 
     Raises:
         ValueError: it is.
     """
     transfer = getattr(config, "weight_transfer_config", None)
-    if transfer is not None and transfer.backend == "sparse_nccl":
+    if transfer is not None and (why := _REFUSED_TRANSFERS.get(transfer.backend)) is not None:
         raise ValueError(
-            "qwantize: weight_transfer_config has backend 'sparse_nccl', which changes single elements of dense "
-            "weights; quantized layers do not keep those: use a backend that sends whole weights, 'nccl' or 'ipc'"
+            f"qwantize: weight_transfer_config has backend {transfer.backend!r}, which {why}: use a backend that sends "
+            "whole weights, 'nccl' or 'ipc'"
         )
     offload = config.offload_config
     given = {

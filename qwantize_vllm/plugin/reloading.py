@@ -27,7 +27,7 @@ def check_arrived(layer: torch.nn.Module, name: str, numel: int, members: str) -
     A checkpoint may lack all of a layer, for which vLLM then has memory that nobody has written. (Of an update that has
     nothing for a layer vLLM keeps the old weights, and does not ask.) What came of an update that broke off elsewhere
     is still there when the next one comes: in the same order, it brings some of it a second time before the layer is
-    full.
+    full. Biases are not looked at.
 
     Args:
         numel: how many elements the weights have on this rank. members: what they are made of, for the message.
@@ -56,6 +56,33 @@ def check_arrived(layer: torch.nn.Module, name: str, numel: int, members: str) -
             f"qwantize: {name}: of its weights {which} was given more than once, by this update or by one before it "
             "that broke off; give each once, again from the first"
         )
+
+
+def check_bias_arrived(layer: torch.nn.Module, name: str, members: int) -> None:
+    """See that an update has the layer's bias, where the old one does not stay: vLLM before 0.27 would serve memory
+    that nobody has written.
+
+    Args:
+        members: parts of which the bias may consist.
+
+    Raises:
+        ValueError: some parts are missing.
+    """
+    info = layerwise.get_layerwise_info(layer)
+    if not updates(layer) or "bias" not in info.restore_metadata[0]:  # from 0.27 on it is not
+        return
+    given = [arguments.arguments.get("loaded_shard_id") for name, arguments in info.loaded_weights if name == "bias"]
+    parts = sum(members if part is None else len(part) if isinstance(part, tuple) else 1 for part in given)
+    if parts < members:
+        raise ValueError(
+            f"qwantize: {name}: {parts} of {members} parts of its bias were given; with this version of vLLM an update "
+            "must have it, with the weight"
+        )
+
+
+def updates(layer: torch.nn.Module) -> bool:
+    """Whether what has arrived is an update of weights that the layer had before."""
+    return layerwise.get_layerwise_info(layer).kernel_tensors is not None
 
 
 def _reads_checkpoint() -> bool:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 pytest.importorskip("vllm")
 
-from qwantize_vllm import quantize_nvfp4
+from qwantize_vllm import QwantizeSettings, quantize_nvfp4
 from qwantize_vllm.plugin import cached as module
+from qwantize_vllm.plugin import linear
 from qwantize_vllm.plugin.cached import cached
+from qwantize_vllm.plugin.report import LoadReport
 
 WEIGHT = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
 
@@ -49,3 +53,14 @@ def test_a_full_disk(tmp_path, warnings, monkeypatch):
     assert not there
     assert torch.equal(q.codes, quantize_nvfp4(WEIGHT).codes)
     assert warnings == ["qwantize: o_proj: it is not kept in cache_dir: No space left on device"]
+
+
+@pytest.mark.parametrize(("update", "files"), [(False, 1), (True, 0)])
+def test_updates_of_a_running_server_are_not_kept(tmp_path, monkeypatch, update, files):
+    """Of which there may be thousands, each of other weights."""
+    monkeypatch.setattr(linear, "updates", lambda layer: update)
+    settings = QwantizeSettings(cache_dir=tmp_path)
+    method = linear.QwantizeLinearMethod(settings, "o_proj", LoadReport(settings), [])
+    (q,) = method._quantize(SimpleNamespace(tp_size=1, output_size_per_partition=16), WEIGHT)
+    assert torch.equal(q.codes, quantize_nvfp4(WEIGHT).codes)
+    assert len(list(tmp_path.iterdir())) == files

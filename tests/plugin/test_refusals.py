@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,16 @@ def test_weights_in_the_hosts_memory():
         refuse_unsupported(SimpleNamespace(offload_config=OffloadConfig(uva={"cpu_offload_gb": 8})))
     with pytest.raises(ValueError, match="--offload-group-size 4"):
         refuse_unsupported(SimpleNamespace(offload_config=OffloadConfig(prefetch={"offload_group_size": 4})))
+
+
+@pytest.mark.parametrize(
+    ("backend", "why"),
+    [("sparse_nccl", "changes single elements"), ("sharded_rdt", "past their loaders"), ("ipc", None)],
+)
+def test_updates_in_a_way_that_quantized_layers_cannot_take(backend, why):
+    config = SimpleNamespace(offload_config=OffloadConfig(), weight_transfer_config=SimpleNamespace(backend=backend))
+    with nullcontext() if why is None else pytest.raises(ValueError, match=f"backend '{backend}', which .*{why}"):
+        refuse_unsupported(config)
 
 
 def loading(ranks, extra):
