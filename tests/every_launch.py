@@ -173,3 +173,4 @@ if __name__ == "__main__":
     other_products(136, 1040)
     mixture(8, 2, 256, 256)
     mixture(8, 6, 128, 64, 64)
+    mixture(2, 2, 4096, 14336, 8)  # whose last shapes cut K into slices, and with still more tokens do not

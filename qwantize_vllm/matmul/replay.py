@@ -51,16 +51,17 @@ def replay_or_run(key: Hashable, inputs: Sequence[torch.Tensor | None], run: Run
     if recording is _UNKNOWN:
         recorder = _Recorder()
         y = run(recorder)
-        if len(_recordings) >= _MOST:
-            _recordings.clear()
-        _recordings[key] = recorder.recording(inputs, y)
+        if recorder.calls:  # else it was not to be recorded this time
+            if len(_recordings) >= _MOST:
+                _recordings.clear()
+            _recordings[key] = recorder.recording(inputs, y)
         return y
     replayed = None if recording is None else recording.replay(inputs, addresses)
     return run(launch_now) if replayed is None else replayed
 
 
 class _Recorder:
-    """A launch (gpu.py) that remembers what it was given, and what Triton made of it."""
+    """A launch (triton_launch.py) that remembers what it was given, and what Triton made of it."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []

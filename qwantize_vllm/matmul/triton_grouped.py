@@ -45,7 +45,7 @@ from qwantize_vllm.matmul.triton_plan import make_plan, slots_for
 from qwantize_vllm.matmul.triton_swizzled import _product
 from qwantize_vllm.triton_launch import Launch
 
-# Up to the last of these numbers of pairs every program finds its own; it is compiled for each.
+# With few pairs (_planned_from) every program finds its own; it is compiled for each of these numbers of them.
 _FEW_PAIRS = (16, 64, 256)
 # Slices of K, as in triton_swizzled.py.
 _PROGRAMS, _SHORTEST = 4, 8

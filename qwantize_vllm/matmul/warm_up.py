@@ -1,8 +1,9 @@
 """Kernels launched before the first request: what a server meets first while somebody waits costs a compilation, or at
 least a file of Triton's cache and a module to load.
 
-An engine's first run, of as many tokens as it will ever take, comes before it captures CUDA graphs and answers. With it
-all kernels are launched that layers announced here will need.
+An engine's first run, of as many tokens as it will ever take, comes before it captures CUDA graphs and answers. With
+its first product all kernels are launched that layers announced here will need. With latent attention that is earlier,
+at the end of the load, where vLLM multiplies an identity by a projection's weight to take it apart.
 """
 
 from __future__ import annotations

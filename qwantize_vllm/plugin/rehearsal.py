@@ -34,8 +34,13 @@ def begin_rehearsal(settings: QwantizeSettings, k: int, dtype: torch.dtype, devi
     global _thread
     if _thread is not None or not has_search_kernels(settings) or device.type != "cuda":
         return
-    _thread = threading.Thread(target=_rehearse, args=(settings, k, dtype, device), name="qwantize-rehearsal")
-    _thread.start()
+    thread = threading.Thread(target=_rehearse, args=(settings, k, dtype, device), name="qwantize-rehearsal")
+    try:
+        thread.start()
+    except RuntimeError as error:  # as many threads as there may be
+        _tell_failure(error)
+        return
+    _thread = thread
 
 
 def end_rehearsal() -> None:
@@ -59,9 +64,11 @@ def _rehearse(settings: QwantizeSettings, k: int, dtype: torch.dtype, device: to
                 compile_together(settings, weight)
             rehearse(settings, weight)
     except Exception as error:
-        logger.info(
-            "qwantize: a layer was rehearsed in vain, which costs time alone: %s: %s", type(error).__name__, error
-        )
+        _tell_failure(error)
+
+
+def _tell_failure(error: Exception) -> None:
+    logger.info("qwantize: a layer was rehearsed in vain, which costs time alone: %s: %s", type(error).__name__, error)
 
 
 def rehearse(settings: QwantizeSettings, weight: torch.Tensor) -> None:

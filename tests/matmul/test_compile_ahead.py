@@ -45,6 +45,7 @@ def test_what_is_launched_ahead_is_what_any_number_of_tokens_takes():
         "136x1040 others",
         "8 of 8 experts",
         "8 of 64 experts",
+        "2 of 8 experts",
     ]
 
 

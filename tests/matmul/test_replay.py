@@ -30,6 +30,21 @@ def test_what_is_no_single_launch_is_run_each_time():
     assert len(calls) == 3
 
 
+def test_what_was_not_to_be_recorded_is_recorded_the_next_time(monkeypatch):
+    """As a product that is cut only where there is an area for sums, which there is not yet (gluon_wgmma.py)."""
+    monkeypatch.setattr(replay, "_recordings", {})
+    given = []
+
+    def run(launch):
+        given.append(type(launch))
+        return torch.zeros(2)
+
+    for _ in range(2):
+        replay.replay_or_run("not now", (torch.zeros(4),), run)
+    assert given == [replay._Recorder, replay._Recorder]
+    assert not replay._recordings
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 7, 100])
 def test_what_is_copied_for_a_launch_is_copied_for_its_replays(monkeypatch, m):

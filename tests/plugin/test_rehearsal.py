@@ -52,6 +52,20 @@ def test_what_fails_is_left_to_the_layers_and_the_log_says_so(monkeypatch, caplo
     assert "ValueError: no kernel" in caplog.text
 
 
+def test_without_a_thread_there_is_none(done, monkeypatch, caplog):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(rehearsal.threading.Thread, "start", start)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        rehearsal.begin_rehearsal(QwantizeSettings(), 64, torch.bfloat16, torch.device("cuda"))
+    rehearsal.end_rehearsal()
+    assert "in vain" in caplog.text
+    assert "can't start new thread" in caplog.text
+    assert not done
+
+
 @pytest.mark.gpu
 def test_what_was_rehearsed_is_not_compiled_again(monkeypatch):
     import triton
