@@ -2,8 +2,9 @@
 
     python -m tests.compile_kernels 90|gfx942 [every]
 
-`every` combination of types and constants that a launcher makes; without it each type and constant at least once. Each
-kernel once more for sizes and strides of 1, which Triton compiles apart.
+`every` combination of types and constants that a launcher makes; without it each type and constant at least once, and
+of the shapes for many tokens on Hopper the first and the last. Each kernel once more for sizes and strides of 1, which
+Triton compiles apart.
 A program of its own because TRITON_INTERPRET, which the tests set, must be unset when triton is imported.
 """
 
@@ -43,7 +44,7 @@ from qwantize_vllm.matmul.triton_plan import _count_kernel, _place_kernel
 from qwantize_vllm.matmul.triton_swizzle import _scales_kernel, _words_kernel
 from qwantize_vllm.matmul.triton_swizzled import _swizzled_kernel
 from qwantize_vllm.matmul.triton_unswizzle import _unswizzle_kernel
-from qwantize_vllm.matmul.wgmma_shapes import STEPS
+from qwantize_vllm.matmul.wgmma_shapes import STEPS, WgmmaShape
 from qwantize_vllm.search.codes import SWEEPS
 from qwantize_vllm.search.triton_codes import _refine_codes_kernel
 from qwantize_vllm.search.triton_hessian import _search_hessian_kernel
@@ -195,7 +196,8 @@ def wgmma_variants(every: bool) -> Iterator[tuple[Any, dict[str, str], dict[str,
     from qwantize_vllm.matmul.gluon_pipeline import FLAT_LAYOUTS, X_LAYOUT
     from qwantize_vllm.matmul.gluon_wgmma import _wgmma_kernel
 
-    for shape, (dtype, block) in combined(every, STEPS, (("bf16", 16), ("fp16", 32))):
+    shapes = many_tokens(every)
+    for shape, (dtype, block) in combined(every, shapes, (("bf16", 16), ("fp16", 32))):
         scales = torch.int32 if block == 16 else torch.int16
         x = f"tensordesc<{dtype}[{shape.tokens}, 64],{X_LAYOUT!r}>"
         types = {
@@ -209,18 +211,24 @@ def wgmma_variants(every: bool) -> Iterator[tuple[Any, dict[str, str], dict[str,
         names = {"TOKENS": shape.tokens, "GROUPS": shape.groups, "X_TILES": shape.x_tiles}
         stages = {"X_STAGES": shape.x_stages, "STAGES": shape.stages}
         yield _wgmma_kernel, types, {**names, **stages, "BLOCK_SIZE": block, "num_warps": 4}
-    yield from grouped_wgmma_variants()
+    yield from grouped_wgmma_variants(shapes)
     yield from decode_variants()
     yield from normed_variants()
 
 
-def grouped_wgmma_variants() -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+def many_tokens(every: bool) -> list[WgmmaShape]:
+    """Shapes of Hopper's kernel for many tokens."""
+    first, *others, last = STEPS
+    return [first, *others, last] if every else [first, last]
+
+
+def grouped_wgmma_variants(shapes: Sequence[WgmmaShape]) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """Each shape once, with gate and up and with down in turn."""
     from qwantize_vllm.matmul.gluon_grouped import H_LAYOUT, _copy_kernel, _grouped_wgmma_kernel
     from qwantize_vllm.matmul.gluon_pipeline import FLAT_LAYOUTS, X_LAYOUT
 
     yield _copy_kernel, {"x_ptr": "*bf16", "pairs_ptr": "*i32", "out_ptr": "*bf16"}, {"COLUMNS": 1024}
-    for number, shape in enumerate(STEPS):
+    for number, shape in enumerate(shapes):
         dtype, block, scales = (("bf16", 16, torch.int32), ("fp16", 32, torch.int16))[number % 2]
         width, layout, activation = ((32, H_LAYOUT, "silu"), (64, X_LAYOUT, "none"))[number % 2]
         types = {

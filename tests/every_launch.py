@@ -36,7 +36,7 @@ from qwantize_vllm.triton_launch import launch_now
 from tests.replay_launches import Driver, experts, weight
 
 HALF = torch.bfloat16
-TOKENS = [*range(1, 140), *range(140, 9000, 61)]
+TOKENS = [*range(1, 140), *range(140, 9000, 239)]
 
 
 def pretend(major: int) -> None:
@@ -131,7 +131,7 @@ def mixture(count: int, top_k: int, hidden: int, intermediate: int, total: int |
         backends.run_experts(x, w13, w2, share, ids, "silu", launch=launch_now)
 
     every = 2 + WGMMA_PAIRS * total // top_k  # up to there shapes change from one number of tokens to the next
-    tokens = [*range(1, every), *range(every, 40 * every, 37), 6000 * total // top_k]
+    tokens = [*range(1, every), *range(every, 40 * every, 149), 6000 * total // top_k]
     served = (functools.partial(call, each) for each in tokens)
     compare(f"{count} of {total} experts", ExpertKernels(w13, w2, top_k, HALF, "silu"), served)
 

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "qwantize_vllm"
 FLOORS = {"plugin": 3, "cli": 4}
 LOWER = {
-    **{"format": 0, "triton_format": 0, "triton_launch": 0, "layer_names": 0, "side_process": 0},
+    **{"format": 0, "triton_format": 0, "triton_launch": 0, "triton_keys": 0, "layer_names": 0, "side_process": 0},
     **{"settings": 1, "search": 1, "matmul": 1, "hessian": 1, "checkpoint": 1},
 }
 

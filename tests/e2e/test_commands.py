@@ -61,6 +61,7 @@ def test_eval_compares_settings_with_bf16_window_by_window(smollm2, tmp_path):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_bench_serve_times_every_load_with_every_method(tmp_path):
     out = tmp_path / "bench.json"
     options = ["--shape", "tiny", "--new-tokens", "4", "--prefill-tokens", "32", "--eager", "--backend", "reference"]

@@ -43,6 +43,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "other names": ("granite", {}, "compressed-tensors"),
     "other names, own": ("granite", PER_MEMBER, "qwantize"),
 }
+SLOWER = ("rows, modelopt", "transposed, modelopt", "other names, own")
+SERVED = [pytest.param(case, marks=pytest.mark.slow) if case in SLOWER else case for case in CASES]
 MIXTURES = {"qwen3": "mlp", "llama4": "feed_forward", "granite": "block_sparse_moe"}
 TENSORS = {"granite": ("input_linear.weight", "output_linear.weight")}
 IGNORED = "model.layers.0.feed_forward.experts"
@@ -109,7 +111,7 @@ def online(engines: Engines, exported: Exported) -> Callable[[str], Outcome]:
     return lambda case: start(CASES[case][0], json.dumps(CASES[case][1]))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SERVED)
 def test_the_export_serves_what_online_serving_serves(engines, exported, online, case):
     quantization = None if CASES[case][2] == "qwantize" else "qwantize"
     ours, theirs = engines.start(exported.folder / case, quantization=quantization, **ARGUMENTS), online(case)

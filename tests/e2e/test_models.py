@@ -41,7 +41,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOWER = ("naive", "global_scale none")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOWER else name for name in CASES]
+)
 def test_model_is_that_of_its_dequantized_checkpoint(engines, tmp_path, name):
     case = CASES[name]
     dtype = getattr(torch, case.dtype)

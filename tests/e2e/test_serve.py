@@ -145,6 +145,7 @@ def test_sigterm_ends_server_and_leaves_no_process(server):
     assert server.lines("Application shutdown complete")
 
 
+@pytest.mark.slow
 def test_nan_in_a_weight_ends_server(broken, tmp_path):
     """Through all of vLLM's own processes: the message reaches the user, and nothing hangs."""
     with serve(tmp_path, broken, "--skip-tokenizer-init", "--max-model-len", "256") as server:
