@@ -20,7 +20,7 @@ from qwantize_vllm.hessian import HessianFile
 from qwantize_vllm.plugin.cached import cached
 from qwantize_vllm.plugin.loaders import wrap_loaders
 from qwantize_vllm.plugin.rehearsal import begin_rehearsal, end_rehearsal
-from qwantize_vllm.plugin.reloading import check_arrived, check_bias_arrived, old_weights_on_error, updates
+from qwantize_vllm.plugin.reloading import check_arrived, check_bias_arrived, is_update, old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.versions import DENSE_SHORTCUT, PROCESSED
 from qwantize_vllm.plugin.weights import Form, QuantizedLayer, choose_form
@@ -156,7 +156,7 @@ class QwantizeLinearMethod(LinearMethodBase):
             raise ValueError(f"qwantize: {self.name}: {describe_nonfinite(weight)} (on this rank)")
         scales = resolve_global_scale(amax, "none" if self.settings.global_scale == "none" else "amax")
         hessian = self._hessian(layer, weight)
-        if self.settings.cache_dir is None or updates(layer):
+        if self.settings.cache_dir is None or is_update(layer):
             return self._search(parts, scales, hessian)
         how = [self.search, self.refine, dataclasses.astuple(self._gptq)]
         search = functools.partial(self._search, parts, scales, hessian)

@@ -24,7 +24,7 @@ from qwantize_vllm.plugin.linear import _open_hessians, largest_over_ranks
 from qwantize_vllm.plugin.loaders import wrap_loaders
 from qwantize_vllm.plugin.refusals import refuse_all2all
 from qwantize_vllm.plugin.rehearsal import end_rehearsal
-from qwantize_vllm.plugin.reloading import check_arrived, check_not_moved, old_weights_on_error, updates
+from qwantize_vllm.plugin.reloading import check_arrived, check_not_moved, is_update, old_weights_on_error
 from qwantize_vllm.plugin.report import LoadReport
 from qwantize_vllm.plugin.versions import PROCESSED
 from qwantize_vllm.search.quality import signal_and_noise
@@ -166,7 +166,7 @@ class QwantizeMoEMethod(ExpertMethod):
         )
         end_rehearsal()
         before, dtype = sum(weight.nbytes for weight in dense.values()), dense["w2"].dtype
-        self._cache = None if updates(layer) else self.settings.cache_dir
+        self._cache = None if is_update(layer) else self.settings.cache_dir
         experts, self._from_cache = local_experts(layer), self._cache is not None
         quantized = {name: self.quantize(name, weight, experts) for name, weight in dense.items()}
         if self._from_cache:

@@ -69,9 +69,9 @@ def check_bias_arrived(layer: torch.nn.Module, name: str, members: int) -> None:
         ValueError: some parts are missing.
     """
     info = layerwise.get_layerwise_info(layer)
-    if not updates(layer) or "bias" not in info.restore_metadata[0]:  # from 0.27 on it is not
+    if not is_update(layer) or "bias" not in info.restore_metadata[0]:  # from 0.27 on it is not
         return
-    given = [arguments.arguments.get("loaded_shard_id") for name, arguments in info.loaded_weights if name == "bias"]
+    given = [call.arguments.get("loaded_shard_id") for parameter, call in info.loaded_weights if parameter == "bias"]
     parts = sum(members if part is None else len(part) if isinstance(part, tuple) else 1 for part in given)
     if parts < members:
         raise ValueError(
@@ -80,7 +80,7 @@ def check_bias_arrived(layer: torch.nn.Module, name: str, members: int) -> None:
         )
 
 
-def updates(layer: torch.nn.Module) -> bool:
+def is_update(layer: torch.nn.Module) -> bool:
     """Whether what has arrived is an update of weights that the layer had before."""
     return layerwise.get_layerwise_info(layer).kernel_tensors is not None
 

@@ -58,7 +58,7 @@ def test_a_full_disk(tmp_path, warnings, monkeypatch):
 @pytest.mark.parametrize(("update", "files"), [(False, 1), (True, 0)])
 def test_updates_of_a_running_server_are_not_kept(tmp_path, monkeypatch, update, files):
     """Of which there may be thousands, each of other weights."""
-    monkeypatch.setattr(linear, "updates", lambda layer: update)
+    monkeypatch.setattr(linear, "is_update", lambda layer: update)
     settings = QwantizeSettings(cache_dir=tmp_path)
     method = linear.QwantizeLinearMethod(settings, "o_proj", LoadReport(settings), [])
     (q,) = method._quantize(SimpleNamespace(tp_size=1, output_size_per_partition=16), WEIGHT)
