@@ -43,9 +43,9 @@ class LayerCache:
             ValueError: there is one, but it is not what was saved; names it.
         """
         path = self._path(key)
-        if not path.is_file():
-            return None
         try:
+            if not path.is_file():
+                return None
             with safe_open(path, framework="pt") as file:
                 digests = json.loads((file.metadata() or {})[_NOTE])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict

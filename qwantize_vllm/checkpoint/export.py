@@ -80,9 +80,11 @@ class ExportJob:
 
 
 def check_out(out: Path) -> None:
-    """Raise ValueError where there is something already."""
+    """Raise ValueError where there is something already, or a name that cannot be given last."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; choose another --out, or remove it")
+    if out.is_symlink():
+        raise ValueError(f"{out} is a link, and is given its name last; choose what it leads to, {out.resolve()}")
     if out.is_mount():
         raise ValueError(f"{out} is where a file system is mounted, and is given its name last; choose a folder in it")
 

@@ -47,11 +47,11 @@ def evaluate(
         check_unquantized(model)
         if text.suffix == ".jsonl":
             raise ValueError(f"--text {text} would be scored as the JSON that it is; give plain text")
-        cut = Windows(first_token, window_tokens, windows).cut(tokenize(model, text))
         if out:
-            if out.suffix == ".png":
-                raise ValueError(f"--out {out} is the JSON; the plot is written beside it, as .png")
+            if out.suffix == ".png" or out.is_dir():
+                raise ValueError(f"--out {out} is to be the JSON file; the plot is written beside it, as .png")
             out.parent.mkdir(parents=True, exist_ok=True)
+        cut = Windows(first_token, window_tokens, windows).cut(tokenize(model, text))
         scores = measure(model, cut, chosen, {"enforce_eager": eager}, kl)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
@@ -101,9 +101,14 @@ def _table(title: str, records: dict[str, dict[str, Any]]) -> Table:
 
 
 def _write(out: Path, title: str, records: dict[str, dict[str, Any]], console: Console) -> None:
-    finite = {
-        name: {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
-        for name, record in records.items()
-    }
-    out.write_text(json.dumps(finite, indent=1, allow_nan=False) + "\n")
+    out.write_text(json.dumps(_finite(records), indent=1, allow_nan=False) + "\n")
     draw(out.with_suffix(".png"), lambda path: plot(path, records, title), out, console)
+
+
+def _finite(value: Any) -> Any:
+    """As JSON has it, which knows neither NaN nor infinities."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -51,7 +51,7 @@ def run_export(
         check_files(model)
         check_unquantized(model)
         check_out(out)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the command itself says what is left
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the command itself says what it did otherwise
         from qwantize_vllm.plugin.exporting import export_model
 
         done = export_model(model, out, settings, layout, dtype, int(shard_size * 2**30))
@@ -59,6 +59,10 @@ def run_export(
         raise typer.BadParameter(str(error)) from error
     for name, reason in done.left.items():
         console.print(f"left as it is: {name} ({reason})")
+    for name, reason in done.by_optimal.items():
+        console.print(f"searched by optimal, not hessian: {name} ({reason})")
+    for pattern in done.unused:
+        console.print(f"ignore pattern {pattern!r} names no layer of this model")
     console.print(
         f"wrote {out}: {len(done.quantized)} layers quantized, {done.bytes_read / 2**30:.3f} -> "
         f"{done.bytes_written / 2**30:.3f} GiB, {time.perf_counter() - began:.1f} s"

@@ -22,6 +22,7 @@ from vllm.platforms import current_platform
 
 from qwantize_vllm import __version__
 from qwantize_vllm.hessian import BlockHessianSum, FullHessianSum, HessianFile, HessianInfo, save_hessians
+from qwantize_vllm.plugin.corpus import check_context
 from qwantize_vllm.plugin.engine_process import engine, in_own_process, keep_core_here
 from qwantize_vllm.plugin.fingerprint import config_fingerprint
 from qwantize_vllm.plugin.measured_experts import MEASURE, ExpertSums, MeasuredExperts
@@ -138,6 +139,7 @@ def _calibrate(
     model_config = EngineArgs(model=model).create_model_config()
     pools = model_config.runner_type == "pooling"
     longest = max(map(len, windows)) + (0 if pools else 1)  # the token that a model must generate
+    check_context(model_config, longest)
     arguments = engine_arguments(longest) | _quantization(settings, model_config.get_num_experts() > 0)
     tokens = sum(map(len, windows))
     keep_core_here()

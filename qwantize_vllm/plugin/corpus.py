@@ -41,6 +41,21 @@ def read_windows(
     return windows
 
 
+def check_context(model_config: Any, longest: int) -> None:
+    """See that a model takes windows of at most so many tokens, the generated one included.
+
+    model_config: vLLM's, made without max_model_len.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if longest > model_config.max_model_len:
+        raise ValueError(
+            f"windows of up to {longest} tokens, the one behind them included, are more than the "
+            f"{model_config.max_model_len} of this model: make them shorter (eval --window-tokens, calibrate --seq-len)"
+        )
+
+
 def _pieces(tokenizer: Any, texts: Sequence[Path], each_line: bool) -> Iterator[list[int]]:
     """Token ids of what is cut into windows: a whole file, or with each_line a line of a .jsonl file."""
     for path in texts:

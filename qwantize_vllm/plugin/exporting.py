@@ -28,11 +28,15 @@ class Exported:
     Attributes:
         quantized: names of the layers, as vLLM has them.
         left: of linear layers and experts that are not, with the reason.
+        by_optimal: of the quantized ones, which `optimal` searched although `hessian` was asked for, with the reason.
+        unused: patterns of `ignore` that name no layer.
         bytes_read, bytes_written: of safetensors files.
     """
 
     quantized: list[str]
     left: dict[str, str]
+    by_optimal: dict[str, str]
+    unused: list[str]
     bytes_read: int
     bytes_written: int
 
@@ -60,6 +64,7 @@ def _export(model: str, out: Path, settings: dict[str, Any], layout: str, dtype:
         _check(resolved, layout)
         source = Checkpoint(_directory(built.config))
         plan = plan_export(built, source, LAYOUTS[layout])
+        by_optimal = _by_optimal(built, plan.quantized)
         job = ExportJob(
             source=source,
             out=out,
@@ -68,7 +73,7 @@ def _export(model: str, out: Path, settings: dict[str, Any], layout: str, dtype:
             dtype=built.config.model_config.dtype,
             block_size=resolved.block_size,
             ignore=plan.ignore,
-            settings=_noted(resolved),
+            settings=_noted(resolved) | ({"by_optimal": by_optimal} if by_optimal else {}),
             shard_bytes=shard_bytes,
         )
         device = torch.device(built.config.device_config.device)
@@ -78,6 +83,8 @@ def _export(model: str, out: Path, settings: dict[str, Any], layout: str, dtype:
     return Exported(
         quantized=plan.quantized,
         left=plan.left,
+        by_optimal=by_optimal,
+        unused=built.unused,
         bytes_read=sum((source.directory / file).stat().st_size for file in source.files),
         bytes_written=sum((out / file).stat().st_size for file in written.files),
     )
@@ -90,6 +97,11 @@ def _check(settings: Any, layout: str) -> None:
             f"global_scale: amax_per_member cannot be written as {layout}: vLLM takes the largest of its global scales "
             "for all members of a fused layer, of experts the first; set global_scale: amax, or --format qwantize"
         )
+
+
+def _by_optimal(built: MetaModel, quantized: list[str]) -> dict[str, str]:
+    methods = [layer.quant_method for layer in (built.layers | built.experts).values() if built.reason(layer) is None]
+    return {each.name: each.why_optimal for each in methods if each.name in quantized and each.why_optimal is not None}
 
 
 def _noted(settings: Any) -> dict[str, Any]:
@@ -108,7 +120,7 @@ def _directory(config: Any) -> str:
     name = config.model_config.model
     if Path(name).is_dir():
         return str(name)
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "*.md", "LICENSE*"]
     cache, revision = config.load_config.download_dir, config.model_config.revision
     for pattern in patterns:
         directory: str = download_weights_from_hf(name, cache, [pattern], revision)

@@ -128,6 +128,11 @@ class QwantizeLinearMethod(LinearMethodBase):
             raise RuntimeError(f"qwantize: {self.name} is called before its weights were loaded")
         return self._form.apply(layer, x, bias)
 
+    @property
+    def why_optimal(self) -> str | None:
+        """Why `optimal` searches where `hessian` was asked for; None where it does not."""
+        return None if self.search == self.settings.scale_search else "the Hessian file does not have it"
+
     def _check_ranks(self, layer: LinearBase) -> None:
         if self.refine == "gptq" and layer.tp_size > 1:
             raise ValueError(

@@ -24,6 +24,7 @@ from qwantize_vllm.plugin.moe import (
     local_experts,
     weighted_input,
 )
+from qwantize_vllm.plugin.versions import PROCESSED
 
 # Key of vLLM's additional config that asks for it.
 MEASURE = "qwantize_measure"
@@ -57,12 +58,13 @@ class MeasuredExperts(FusedMoEMethodBase):
             self.quantizer.create_weights(layer, *sizes, **given)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        if self.quantizer is None:
+        if self.quantizer is None or getattr(layer, PROCESSED, False):
             return
         for name in WEIGHTS:
             weight = getattr(layer, f"{name}_weight").data
             q = self.quantizer.quantize(name, weight, local_experts(layer))
             weight.copy_(q.dequantize(weight.dtype).flatten(1, 2))
+        setattr(layer, PROCESSED, True)
 
     def apply(
         self,

@@ -178,6 +178,15 @@ class QwantizeMoEMethod(ExpertMethod):
         setattr(layer, PROCESSED, True)
         self.report.quantized(self.name, before, after, signal, noise, began)
 
+    @property
+    def why_optimal(self) -> str | None:
+        """Why `optimal` searches where `hessian` was asked for, some experts or all; None where it does not."""
+        if self._unreached:
+            return f"its experts {sorted(self._unreached)}, to which no token was routed"
+        return (
+            None if self.search == self.settings.scale_search else "the Hessian file does not have all of its experts"
+        )
+
     def quantize(self, name: str, weight: torch.Tensor, experts: Sequence[int]) -> Nvfp4Tensor:
         """w13 or w2 of some experts (e, N, K) as (e, members, N/members, K), each member with a global scale.
 

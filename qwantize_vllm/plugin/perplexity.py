@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from qwantize_vllm.plugin import divergence
+from qwantize_vllm.plugin.corpus import check_context
 from qwantize_vllm.plugin.divergence import Divergence
 from qwantize_vllm.plugin.engine_process import engine, in_own_process
 
@@ -130,9 +131,14 @@ def _measure(
     base: Score | None,
 ) -> Score:
     """base: of the unquantized model, whose states are in the directory; None where this is the one to write them."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    longest = len(windows[0]) + 1
+    if base is None:
+        check_context(EngineArgs(model=model).create_model_config(), longest)
     arguments = {
-        "max_model_len": len(windows[0]) + 1,
-        "max_num_batched_tokens": len(windows[0]) + 1,  # a window is read in one step
+        "max_model_len": longest,
+        "max_num_batched_tokens": longest,  # a window is read in one step
         "enable_prefix_caching": False,
         **({} if settings is None else {"quantization": "qwantize", "additional_config": {"qwantize": settings}}),
         **({} if states is None else {"worker_extension_cls": f"{divergence.__name__}.DivergenceWorker"}),

@@ -111,3 +111,16 @@ def test_two_at_once_whose_processes_have_the_same_number(tmp_path, parts):
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_a_file_that_may_not_be_looked_at_is_named(tmp_path, parts, monkeypatch):
+    """As in a directory of another user."""
+
+    def is_file(path):
+        raise PermissionError(13, "Permission denied")
+
+    cache = LayerCache(tmp_path)
+    cache.save("key", parts)
+    monkeypatch.setattr(type(tmp_path), "is_file", is_file)
+    with pytest.raises(ValueError, match=r"key\.safetensors cannot be used: .*Permission denied"):
+        cache.load("key", SHAPES, 16)

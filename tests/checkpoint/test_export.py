@@ -345,3 +345,11 @@ def test_a_mounted_directory_cannot_be_renamed_to(source, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="out is where a file system is mounted"):
         export(job_for(source, tmp_path / "out"), quantize)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_cannot_be_renamed_to(source, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"out is a link, .*choose what it leads to, .*elsewhere"):
+        export(job_for(source, tmp_path / "out"), quantize)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]

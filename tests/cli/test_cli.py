@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qwantize_vllm.cli import app
+from qwantize_vllm.cli.eval import _finite
 from qwantize_vllm.cli.setting_names import short_names
 
 runner = CliRunner()
@@ -23,6 +24,8 @@ def test_env_names_versions_and_the_entry_point():
     [
         (["--setting", "missing.yaml"], "missing.yaml does not exist"),
         (["--text", "missing.txt"], "missing.txt"),
+        (["--out", "."], "--out . is to be the JSON file"),
+        (["--out", "a.png"], "--out a.png is to be the JSON file"),
     ],
 )
 def test_eval_refuses_what_it_cannot_read_before_an_engine_starts(tmp_path, arguments, message):
@@ -31,6 +34,11 @@ def test_eval_refuses_what_it_cannot_read_before_an_engine_starts(tmp_path, argu
     result = runner.invoke(app, ["eval", "model", "--text", str(text), *arguments], env={"COLUMNS": "400"})
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_eval_writes_what_is_not_finite_as_null():
+    records = {"naive": {"perplexity": float("inf"), "window_nll": [1.5, float("nan")], "kl": None}}
+    assert _finite(records) == {"naive": {"perplexity": None, "window_nll": [1.5, None], "kl": None}}
 
 
 def test_files_of_settings_are_named_by_their_stems():

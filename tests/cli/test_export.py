@@ -46,6 +46,24 @@ def test_an_unknown_format_and_a_directory_that_is_there(checkpoint, tmp_path):
     assert sorted(path.name for path in checkpoint.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_what_was_done_otherwise_than_asked_is_printed(checkpoint, tmp_path, monkeypatch):
+    exporting = pytest.importorskip("qwantize_vllm.plugin.exporting")
+    done = exporting.Exported(
+        ["a", "b"], {"c": "ignored"}, {"b": "the Hessian file does not have it"}, ["*.x"], 2**30, 0
+    )
+    monkeypatch.setattr(exporting, "export_model", lambda *given: done)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")  # as the command sets it, which then outlives it
+    code, output = said("export", checkpoint, "--out", tmp_path / "out")
+    assert code == 0
+    for line in (
+        "left as it is: c (ignored)",
+        "searched by optimal, not hessian: b (the Hessian file does not have it)",
+        "ignore pattern '*.x' names no layer of this model",
+        "2 layers quantized, 1.000 -> 0.000 GiB",
+    ):
+        assert line in output
+
+
 def test_verify(checkpoint):
     notes = {"shards": {"model.safetensors": {"a.weight": digest(torch.ones(4, 16))}}}
     (checkpoint / NOTES).write_text(json.dumps(notes))

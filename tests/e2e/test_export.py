@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from qwantize_vllm import Nvfp4Tensor
 from qwantize_vllm.checkpoint import LAYOUTS, Checkpoint
+from qwantize_vllm.checkpoint.export import NOTES
 from qwantize_vllm.hessian import HessianInfo, save_hessians
 
 from .checkpoints import QWEN2, TINY_LAYERS, linear_layers, quantize_checkpoint, random_hessians, write_tiny
@@ -103,6 +104,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
         jobs[name] = (str(sharded), folder / name, {**settings, **file}, layout, "auto", 2**17)
     jobs["lacking"] = (str(lacking), folder / "no", {}, "compressed-tensors", "auto", 2**17)
     jobs["per member"] = (str(sharded), folder / "no", {"global_scale": "amax_per_member"}, "modelopt", "auto", 2**17)
+    fewer = {name: each for name, each in hessians["codes"].items() if name != IGNORED}
+    save_hessians(folder / "fewer.safetensors", fewer, 16)
+    given = {**HESSIAN, "hessian": str(folder / "fewer.safetensors"), "ignore": ["*.o_prj"]}
+    jobs["fewer"] = (str(sharded), folder / "fewer", given, "compressed-tensors", "auto", 2**17)
     results = in_forked_process(export_each, list(jobs.values()))
     return Found(dense, hessians, folder, dict(zip(jobs, results, strict=True)))
 
@@ -119,6 +124,16 @@ def test_what_is_done_is_said(found):
     assert len(done.quantized) == 4 * TINY_LAYERS - 1
     assert done.left == {IGNORED: "ignored"}
     assert done.bytes_read > 2 * done.bytes_written
+
+
+def test_what_is_done_otherwise_than_asked_is_said_and_noted(found):
+    """A Hessian file that lacks a layer, and a pattern with a slip."""
+    done = found.results["fewer"]
+    assert done.by_optimal == {IGNORED: "the Hessian file does not have it"}
+    assert done.unused == ["*.o_prj"]
+    assert found.results["codes"].by_optimal == {}
+    notes = json.loads((found.folder / "fewer" / NOTES).read_text())
+    assert notes["export"]["settings"]["by_optimal"] == done.by_optimal
 
 
 @pytest.mark.parametrize("case", CASES)

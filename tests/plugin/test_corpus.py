@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("vllm")
@@ -70,3 +72,9 @@ def test_lines_of_jsonl_end_where_json_says(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "one\u2028two\u0085"}\n', "utf-8")
     assert read(path, seq_len=100) == ["one\u2028two\u0085"]
+
+
+def test_windows_that_are_longer_than_a_model_takes():
+    corpus.check_context(SimpleNamespace(max_model_len=1024), 1024)
+    with pytest.raises(ValueError, match=r"windows of up to 1025 tokens, .*the 1024 of this model.*--window-tokens"):
+        corpus.check_context(SimpleNamespace(max_model_len=1024), 1025)

@@ -142,6 +142,22 @@ def test_experts_measure_what_is_routed_to_them():
     assert not measured["2.w13"].any()
 
 
+def test_experts_that_are_measured_are_quantized_once():
+    """vLLM asks for it when a layer's weights have arrived, and once more at the end. What is quantized twice may be
+    others: where the largest weight of all was clipped, the global scale is."""
+    generator = torch.Generator().manual_seed(0)
+    layer = experts_layer({"w13": torch.randn(2, 64, 64, generator=generator), "w2": torch.randn(2, 64, 32)})
+    settings, given = QwantizeSettings(), layer.w13_weight.clone()
+    quantizer = QwantizeMoEMethod(settings, "mlp.experts", LoadReport(settings), layer.moe_config)
+    calls, quantize = [], quantizer.quantize
+    quantizer.quantize = lambda *each: calls.append(each[0]) or quantize(*each)
+    layer.quant_method = MeasuredExperts(layer.moe_config, quantizer)
+    for _ in range(2):
+        layer.quant_method.process_weights_after_loading(layer)
+    assert calls == ["w13", "w2"]
+    assert torch.equal(layer.w13_weight[1], quantize_nvfp4(given[1]).dequantize(torch.float32))
+
+
 def test_an_expert_that_was_never_reached_is_searched_by_optimal(tmp_path):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(2, 64, 64, generator=generator)
@@ -162,6 +178,7 @@ def test_an_expert_that_was_never_reached_is_searched_by_optimal(tmp_path):
         assert torch.equal(q.codes[expert, 0], expected.codes)
         assert torch.equal(q.block_scales[expert, 0].view(torch.uint8), expected.block_scales.view(torch.uint8))
 
+    assert method.why_optimal == "its experts [1], to which no token was routed"
     strict = QwantizeSettings(**settings, strict=True)
     method = QwantizeMoEMethod(strict, "mlp.experts", LoadReport(strict), moe)
     with pytest.raises(ValueError, match=r"mlp.experts: no token .* routed to experts \[1\]; calibrate on more text"):
