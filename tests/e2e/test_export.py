@@ -308,6 +308,7 @@ def test_damaged_files_are_named_before_they_are_loaded(engines, found, tmp_path
     assert "Loading safetensors" not in log
 
 
+@pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 def test_two_ranks_share_the_codes_out(engines, found, served):
     two = engines.start(found.folder / "optimal", **TWO_RANKS)

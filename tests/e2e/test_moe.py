@@ -143,7 +143,10 @@ def assert_ranks_hold_experts(mixture, one, ranks, expert_parallel):
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
-@pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor parallel", "expert parallel"])
+@pytest.mark.parametrize(
+    "expert_parallel",
+    [pytest.param(False, id="tensor parallel", marks=pytest.mark.slow), pytest.param(True, id="expert parallel")],
+)
 def test_two_ranks_hold_the_codes_of_one(engines, tmp_path, expert_parallel):
     """Of every expert its halves of gate and up, row by row, and of down, column by column; or half of the experts."""
     checkpoint = write_moe(tmp_path / "checkpoint", MIXTRAL)

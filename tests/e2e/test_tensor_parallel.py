@@ -87,6 +87,7 @@ def test_two_ranks_hold_the_codes_of_one(engines, tiny, tmp_path, search):
     assert_scores_agree(one.result["own_scores"], two.result["scores"], 1e-4)
 
 
+@pytest.mark.slow
 def test_nan_on_one_rank_ends_all(engines, broken):
     """The rank that holds no NaN waits for the other's amax: it must not wait for ever."""
     log = engines.refuse(broken, **TWO_RANKS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -143,8 +145,14 @@ def test_a_hessian_that_is_not_positive_semidefinite_is_searched_whole(search):
     assert (got <= least + 1e-4 * least.abs()).all()
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("scale_search", ["naive", "optimal", "hessian"])
+@pytest.mark.parametrize(
+    ("scale_search", "dtype"),
+    [
+        *itertools.product(["naive", "optimal"], FLOAT_DTYPES),
+        ("hessian", torch.bfloat16),
+        *(pytest.param("hessian", dtype, marks=pytest.mark.slow) for dtype in FLOAT_DTYPES if dtype != torch.bfloat16),
+    ],
+)
 def test_kernel_agrees_with_the_reference(kernel_on, dtype, scale_search):
     weight = make_weight("gaussian", 19, 96, dtype)
     hessian = make_hessians(6, 16) if scale_search == "hessian" else None
