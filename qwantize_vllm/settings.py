@@ -52,7 +52,10 @@ class QwantizeSettings(pydantic.BaseModel):
         "those before it broke, which is slow and needs the full Hessians of `qwantize calibrate --full`.",
     )
     gptq_damping: float = pydantic.Field(
-        0.01, gt=0, description="For refine: gptq, what is added to the Hessian's diagonal, as a part of its mean."
+        0.01,
+        gt=0,
+        allow_inf_nan=False,
+        description="For refine: gptq, what is added to the Hessian's diagonal, as a part of its mean.",
     )
     gptq_order: Literal["loss", "natural"] = pydantic.Field(
         "loss", description="For refine: gptq, which blocks come first: those that lose most, or as they lie."
@@ -89,8 +92,9 @@ class QwantizeSettings(pydantic.BaseModel):
     )
     strict: bool = pydantic.Field(
         False,
-        description="Refuse to start where a layer cannot be quantized, instead of leaving it as it is, or has no "
-        "Hessian in the file, instead of searching it by optimal.",
+        description="Refuse to start where a layer cannot be quantized, or a fused one is named by ignore in part, "
+        "instead of leaving it as it is; where it has no Hessian in the file, or an expert one that no token reached, "
+        "instead of searching it by optimal; and where an export is not what was written.",
     )
     backend: Literal["auto", "reference", "dequantize", "fused", "vllm", "marlin", "humming"] = pydantic.Field(
         "auto",

@@ -38,6 +38,7 @@ def test_sources_are_merged_key_by_key_strongest_first():
         ({"refine": "code"}, ["refine", "got 'code'", "'none', 'codes' or 'gptq'", "mean 'codes'"]),
         ({"refine": "gptq"}, ["refine 'gptq' needs scale_search: hessian, got 'optimal'"]),
         ({"gptq_damping": 0.0}, ["gptq_damping", "got 0.0", "greater than 0"]),
+        ({"gptq_damping": float("inf")}, ["gptq_damping", "got inf", "finite number"]),
         ({"gptq_sweeps": -1}, ["gptq_sweeps", "got -1", "greater than or equal to 0"]),
         ({"gptq_order": "trace"}, ["gptq_order", "got 'trace'", "'loss' or 'natural'"]),
         ({"backend": "cublas"}, ["backend", "got 'cublas'", "'auto'", "'marlin'"]),

@@ -148,12 +148,12 @@ class ExpertKernels:
         # More pairs are served by the other kernel, or in the shapes of these.
         last = last_pairs(capability_major(self.device))
         pairs = (WGMMA_PAIRS * experts - 1) * total // experts if by_wgmma else int(last * total) + self.top_k
-        each = tokens_of_each_kind(self.w13, self.w2, self.top_k, pairs // self.top_k)
-        for tokens in each:
+        counts = tokens_of_each_kind(self.w13, self.w2, self.top_k, pairs // self.top_k)
+        for tokens in counts:
             experts_swizzled(*self._routed(tokens), launch=launch)
         if not by_wgmma:
             # Of still more tokens K is not cut into slices.
-            experts_swizzled(*self._routed(each[-1]), split=False, launch=launch)
+            experts_swizzled(*self._routed(counts[-1]), split=False, launch=launch)
         if total > experts:
             from qwantize_vllm.matmul.triton_local_ids import map_ids
 

@@ -42,18 +42,21 @@ def read_windows(
 
 
 def check_context(model_config: Any, longest: int) -> None:
-    """See that a model takes windows of at most so many tokens, the generated one included.
+    """See that vLLM lets a model have windows of at most so many tokens, the generated one included. What it says
+    itself does not name the options of these commands.
 
-    model_config: vLLM's, made without max_model_len.
+    model_config: vLLM's ModelConfig, made without max_model_len.
 
     Raises:
         ValueError: it does not.
     """
-    if longest > model_config.max_model_len:
+    try:
+        model_config.get_and_verify_max_len(longest)
+    except ValueError as error:
         raise ValueError(
             f"windows of up to {longest} tokens, the one behind them included, are more than the "
             f"{model_config.max_model_len} of this model: make them shorter (eval --window-tokens, calibrate --seq-len)"
-        )
+        ) from error
 
 
 def _pieces(tokenizer: Any, texts: Sequence[Path], each_line: bool) -> Iterator[list[int]]:

@@ -183,9 +183,8 @@ class QwantizeMoEMethod(ExpertMethod):
         """Why `optimal` searches where `hessian` was asked for, some experts or all; None where it does not."""
         if self._unreached:
             return f"its experts {sorted(self._unreached)}, to which no token was routed"
-        return (
-            None if self.search == self.settings.scale_search else "the Hessian file does not have all of its experts"
-        )
+        same = self.search == self.settings.scale_search
+        return None if same else "the Hessian file does not have all of its experts"
 
     def quantize(self, name: str, weight: torch.Tensor, experts: Sequence[int]) -> Nvfp4Tensor:
         """w13 or w2 of some experts (e, N, K) as (e, members, N/members, K), each member with a global scale.

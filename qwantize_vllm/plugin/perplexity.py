@@ -135,7 +135,7 @@ def _measure(
 
     longest = len(windows[0]) + 1
     if base is None:
-        check_context(EngineArgs(model=model).create_model_config(), longest)
+        check_context(EngineArgs(model=model, **options).create_model_config(), longest)
     arguments = {
         "max_model_len": longest,
         "max_num_batched_tokens": longest,  # a window is read in one step

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
+import json
 
 import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.engine.arg_utils import EngineArgs
+
 from qwantize_vllm.plugin import corpus
+
+TINY = {
+    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 1024},
+    **{"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 32},
+}
 
 
 class Letters:
@@ -74,7 +81,9 @@ def test_lines_of_jsonl_end_where_json_says(tmp_path):
     assert read(path, seq_len=100) == ["one\u2028two\u0085"]
 
 
-def test_windows_that_are_longer_than_a_model_takes():
-    corpus.check_context(SimpleNamespace(max_model_len=1024), 1024)
+def test_windows_that_are_longer_than_a_model_takes(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    model_config = EngineArgs(model=str(tmp_path), skip_tokenizer_init=True).create_model_config()
+    corpus.check_context(model_config, 1024)
     with pytest.raises(ValueError, match=r"windows of up to 1025 tokens, .*the 1024 of this model.*--window-tokens"):
-        corpus.check_context(SimpleNamespace(max_model_len=1024), 1025)
+        corpus.check_context(model_config, 1025)
